@@ -1,0 +1,159 @@
+/*
+ * client.h - what the library's parts share: the connection, the entries in
+ * flight and the copies of the sequences' states.
+ *
+ * A completion is taken from the ring only when the control events that it
+ * counts on have been handled, so whoever sees one may use its result. When the
+ * connection breaks, `broken` says how and every further call returns it.
+ */
+#ifndef KVG_CLIENT_H
+#define KVG_CLIENT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#pragma GCC visibility push(default)
+#include "client/kvgate.h"
+#pragma GCC visibility pop
+
+#include "client/arena.h"
+#include "client/ring.h"
+#include "client/staging.h"
+#include "client/table.h"
+#include "control.pb-c.h"
+#include "proto/frame.h"
+
+#define CLIENT_TEXT 512
+
+enum entry_kind {
+	ENTRY_FREE = 0,
+	ENTRY_USER,  /* of kvg_submit() */
+	ENTRY_CALL,  /* a call waits for it */
+	ENTRY_STAGE, /* reads a piece of the staging area */
+	ENTRY_ACK,   /* acknowledges dropped extents */
+};
+
+/* One entry between its submission and its completion. On the wire its user_data is serial << 32 | index. */
+struct entry {
+	enum entry_kind kind;
+	uint8_t op;
+	uint32_t serial;
+	uint32_t argument;  /* STAGE: piece; ACK: event */
+	uint64_t user_data; /* USER: the caller's */
+	uint32_t next_free;
+};
+
+struct completion {
+	struct kvg_cqe cqe;
+	char text[KVG_TEXT_SIZE];
+};
+
+/* A sequence as of its last completion. */
+struct sequence {
+	uint32_t epoch, generation, fold_pos, committed_pos, reserved_pos;
+};
+
+/* The layout in use, in the terms of one row. */
+struct model {
+	uint32_t layers, heads, query_heads, hidden_dim;
+	uint32_t k_dim, v_dim, k_dtype, v_dtype;
+	uint32_t max_sequences, max_tokens;
+	uint64_t stride;
+	uint32_t extent_ids, extent_blocks; /* ids and blocks of one extent: ids have a gap */
+};
+
+struct kvg_client {
+	int socket;
+	int broken; /* 0 or the negative errno that ended the connection */
+	char reason[CLIENT_TEXT];
+	char error[CLIENT_TEXT];
+	char *tenant;
+	uint32_t spin_us;
+
+	/* Control: the reply waited for, and the events handled. */
+	uint64_t request_id, awaited_id;
+	Kvg__WorkerReply *reply;
+	struct kvg_frame reply_frame;
+	uint32_t events;     /* control events handled */
+	uint32_t drop_event; /* the last one that dropped extents */
+	uint32_t ack_sent;   /* acknowledged up to this event */
+	uint32_t ack_done;   /* the bytes up to this event are back in the pool */
+	bool ack_in_flight;
+
+	/* Entries in flight and completions for kvg_reap(). */
+	struct ring ring;
+	struct entry *entries; /* [ring.capacity] */
+	uint32_t free_entry, serial;
+	uint32_t user_count; /* submitted by the caller and not reaped */
+	struct completion *ready;
+	uint32_t ready_first, ready_count;
+	struct completion call; /* of the call that waits */
+	bool call_done;
+
+	/* The layout, when one is registered. */
+	bool registered;
+	struct model model;
+	struct arena arena;
+	struct table table;
+	struct staging_map staging_map;
+	struct staging staging;
+	struct sequence *sequences; /* [max_sequences] */
+	uint32_t stage_count;       /* STAGE entries in flight */
+	int stage_status;           /* first error of one since it was last reported */
+	char stage_text[KVG_TEXT_SIZE];
+};
+
+/* ---- error.c ---- */
+
+/* Sets kvg_error() and returns status. */
+int client_fail(struct kvg_client *client, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+/* Ends the connection: this call and all later ones return status with this reason. */
+int client_break(struct kvg_client *client, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+/* 0, or the status of the ended connection with kvg_error() set. */
+int client_check(struct kvg_client *client);
+
+/* ---- event.c ---- */
+
+/* Handles all messages that have arrived, without waiting. 0 or the status of the ended connection. */
+int client_receive(struct kvg_client *client);
+
+/* Sends a request and waits for its reply, which is owned by client->reply and reply_frame until
+ * client_reply_free(). An Error reply is the status of that error. */
+int client_request(struct kvg_client *client, Kvg__WorkerRequest *request, const int *fds, unsigned fd_count);
+void client_reply_free(struct kvg_client *client);
+
+/* ---- call.c ---- */
+
+int client_entries_new(struct kvg_client *client);
+
+/* Takes completions and acknowledges dropped extents, without waiting. 0 or the status of the ended connection. */
+int client_advance(struct kvg_client *client);
+
+/* Waits until a completion or a message has come and handles it: callers loop on their condition. */
+int client_wait(struct kvg_client *client);
+
+/* Submits an entry when there is room; -EAGAIN when not. user_data and argument: see struct entry. */
+int client_submit(struct kvg_client *client, enum entry_kind kind, const struct kvg_sqe *sqe, uint64_t user_data,
+	uint32_t argument);
+
+/* Submits an entry and waits for its completion, which is client->call. An error's text is in kvg_error(). */
+int client_call(struct kvg_client *client, const struct kvg_sqe *sqe);
+
+/* Waits until the extents asked back so far are unmapped and their bytes in the pool. */
+int client_return_memory(struct kvg_client *client);
+
+/* ---- sequence.c ---- */
+
+/* The state of a handle; NULL with *ret_status and kvg_error() when it names no sequence of this connection. */
+struct sequence *client_sequence(struct kvg_client *client, uint64_t seq, int *ret_status);
+
+/* Takes over what the tables say about the sequence of a completed operation. */
+void client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe *cqe);
+
+/* 0; -EINVAL when there is no layout yet. */
+int client_check_registered(struct kvg_client *client);
+
+#endif

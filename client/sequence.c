@@ -1,0 +1,229 @@
+#include "client/client.h"
+
+#include <errno.h>
+#include <string.h>
+
+static uint32_t load(const uint32_t *word)
+{
+	return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
+static uint32_t *appended_counter(struct kvg_client *client, uint32_t slot)
+{
+	return (uint32_t *)(void *)client->staging_map.base + slot;
+}
+
+int client_check_registered(struct kvg_client *client)
+{
+	if (client->broken)
+		return client_check(client);
+	return client->registered ? 0 : client_fail(client, -EINVAL, "no layout is registered on this connection");
+}
+
+struct sequence *client_sequence(struct kvg_client *client, uint64_t seq, int *ret_status)
+{
+	uint32_t slot = (uint32_t)seq, epoch = (uint32_t)(seq >> 32);
+	int r = client_check_registered(client);
+
+	if (r == 0 && (slot >= client->model.max_sequences || !epoch || client->sequences[slot].epoch != epoch))
+		r = client_fail(client, -ENOENT,
+			"sequence %llx: no such sequence on this connection, which has %u slots",
+			(unsigned long long)seq, client->model.max_sequences);
+	if (r < 0) {
+		*ret_status = r;
+		return NULL;
+	}
+	return &client->sequences[slot];
+}
+
+/* The counter that kernels add to base_len: tokens since the last eviction. Only what moves the end sets it. */
+static void set_appended(struct kvg_client *client, uint32_t slot, uint8_t op, bool folded)
+{
+	const struct sequence *now = &client->sequences[slot];
+	uint32_t appended = now->committed_pos - now->fold_pos;
+
+	if (op == KVG_OP_COMMIT || op == KVG_OP_TRUNCATE || op == KVG_OP_CREATE || op == KVG_OP_FREE || folded)
+		__atomic_store_n(appended_counter(client, slot), appended, __ATOMIC_RELAXED);
+}
+
+void client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe *cqe)
+{
+	uint32_t slot = (uint32_t)cqe->seq;
+	const struct kvg_slot *shared;
+	struct sequence before, now;
+
+	if (!client->registered || !cqe->seq || slot >= client->model.max_sequences)
+		return;
+	shared = &client->table.slots[slot];
+	before = client->sequences[slot];
+	now = (struct sequence){
+		.epoch = load(&shared->epoch),
+		.generation = load(&shared->generation),
+		.fold_pos = load(&shared->fold_pos),
+		.committed_pos = load(&shared->committed_pos),
+		.reserved_pos = load(&shared->reserved_pos),
+	};
+	/* Not so for an empty slot, nor for what makes no sense: nothing may then be read or written. */
+	if (!now.epoch || now.fold_pos > now.committed_pos || now.committed_pos > now.reserved_pos)
+		now = (struct sequence){0};
+	client->sequences[slot] = now;
+	if (cqe->status == 0)
+		set_appended(client, slot, op, op == KVG_OP_EVICT && now.generation != before.generation);
+}
+
+/* An entry for a sequence with its current generation. */
+static struct kvg_sqe entry_for(uint8_t op, uint64_t seq, const struct sequence *sequence)
+{
+	return (struct kvg_sqe){.op = op, .seq = seq, .generation = sequence->generation};
+}
+
+int kvg_create(struct kvg_client *client, const struct kvg_policy *policy, uint64_t *ret_seq)
+{
+	struct kvg_sqe sqe = {.op = KVG_OP_CREATE, .create = *policy};
+	uint64_t seq;
+	int r = client_check_registered(client);
+
+	if (r == 0)
+		r = client_call(client, &sqe);
+	if (r < 0)
+		return r;
+	seq = client->call.cqe.seq;
+	if (!client_sequence(client, seq, &r))
+		return client_break(client, -EPROTO, "daemon: created sequence %llx, which its table does not hold",
+			(unsigned long long)seq);
+	*ret_seq = seq;
+	return 0;
+}
+
+int kvg_reserve(struct kvg_client *client, uint64_t seq, uint32_t tokens)
+{
+	int r = 0;
+	const struct sequence *sequence = client_sequence(client, seq, &r);
+	struct kvg_sqe sqe;
+
+	if (!sequence)
+		return r;
+	if (sequence->reserved_pos - sequence->committed_pos >= tokens)
+		return 0;
+	sqe = entry_for(KVG_OP_RESERVE, seq, sequence);
+	sqe.reserve.tokens = tokens;
+	return client_call(client, &sqe);
+}
+
+int kvg_commit(struct kvg_client *client, uint64_t seq, uint32_t tokens)
+{
+	int r = 0;
+	const struct sequence *sequence = client_sequence(client, seq, &r);
+	struct kvg_sqe sqe;
+
+	if (!sequence)
+		return r;
+	if (tokens > sequence->reserved_pos - sequence->committed_pos)
+		return client_fail(client, -EINVAL,
+			"sequence %u: commit of %u tokens at position %u passes the reserved %u", (uint32_t)seq, tokens,
+			sequence->committed_pos, sequence->reserved_pos);
+	sqe = entry_for(KVG_OP_COMMIT, seq, sequence);
+	sqe.commit.pos = sequence->committed_pos + tokens;
+	return client_call(client, &sqe);
+}
+
+int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg_evict_result *ret)
+{
+	int r = 0;
+	const struct sequence *sequence = client_sequence(client, seq, &r);
+	struct kvg_evict_result result;
+	struct kvg_sqe sqe;
+
+	if (!sequence)
+		return r;
+	r = kvg_stage_wait(client);
+	if (r < 0)
+		return r;
+	sqe = entry_for(KVG_OP_EVICT, seq, sequence);
+	sqe.evict.mode = mode;
+	r = client_call(client, &sqe);
+	if (r < 0)
+		return r;
+	result = (struct kvg_evict_result){
+		.pairs_held = client->call.cqe.value[0],
+		.pairs_dropped = client->call.cqe.value[1],
+		.bytes = client->call.cqe.value[2],
+		.generation = client->call.cqe.generation,
+	};
+	r = client_return_memory(client);
+	if (r == 0 && ret)
+		*ret = result;
+	return r;
+}
+
+int kvg_truncate(struct kvg_client *client, uint64_t seq, uint32_t pos)
+{
+	int r = 0;
+	const struct sequence *sequence = client_sequence(client, seq, &r);
+	struct kvg_sqe sqe;
+
+	if (!sequence)
+		return r;
+	sqe = entry_for(KVG_OP_TRUNCATE, seq, sequence);
+	sqe.truncate.pos = pos;
+	return client_call(client, &sqe);
+}
+
+int kvg_protect(struct kvg_client *client, uint64_t seq, uint32_t begin, uint32_t end)
+{
+	int r = 0;
+	const struct sequence *sequence = client_sequence(client, seq, &r);
+	struct kvg_sqe sqe;
+
+	if (!sequence)
+		return r;
+	sqe = entry_for(KVG_OP_PROTECT, seq, sequence);
+	sqe.protect.begin = begin;
+	sqe.protect.end = end;
+	return client_call(client, &sqe);
+}
+
+int kvg_free(struct kvg_client *client, uint64_t seq)
+{
+	int r = 0;
+	const struct sequence *sequence = client_sequence(client, seq, &r);
+	struct kvg_sqe sqe;
+
+	if (!sequence)
+		return r;
+	sqe = entry_for(KVG_OP_FREE, seq, sequence);
+	r = client_call(client, &sqe);
+	return r < 0 ? r : client_return_memory(client);
+}
+
+int kvg_query(struct kvg_client *client, uint64_t seq, struct kvg_sequence_info *ret)
+{
+	int r = 0;
+	const struct sequence *sequence = client_sequence(client, seq, &r);
+	const struct kvg_cqe *cqe = &client->call.cqe;
+	struct kvg_sqe sqe;
+
+	if (!sequence)
+		return r;
+	sqe = entry_for(KVG_OP_QUERY, seq, sequence);
+	r = client_call(client, &sqe);
+	if (r < 0)
+		return r;
+	*ret = (struct kvg_sequence_info){
+		.generation = sequence->generation,
+		.fold_pos = sequence->fold_pos,
+		.committed_pos = sequence->committed_pos,
+		.reserved_pos = sequence->reserved_pos,
+		.pairs = cqe->value[0],
+		.blocks = cqe->value[1],
+		.bytes = cqe->value[1] * 2 * client->model.stride,
+	};
+	return 0;
+}
+
+int kvg_nop(struct kvg_client *client)
+{
+	const struct kvg_sqe sqe = {.op = KVG_OP_NOP};
+
+	return client_call(client, &sqe);
+}

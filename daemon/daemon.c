@@ -1,0 +1,310 @@
+#include "daemon/daemon.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <systemd/sd-daemon.h>
+#include <unistd.h>
+
+#include "daemon/base/log.h"
+#include "daemon/base/size.h"
+#include "daemon/session/admin.h"
+#include "daemon/session/listener.h"
+#include "daemon/session/worker.h"
+
+struct endpoint {
+	struct server *server;
+	struct tenant *tenant;
+	char *path;
+	struct listener *listener;
+};
+
+struct daemon {
+	const struct config *config;
+	const struct daemon_options *options;
+	struct server server;
+	struct admin admin;
+	struct endpoint *endpoints; /* of the tenants */
+	struct endpoint admin_endpoint;
+	struct loop_timer *stop_timer;
+	int lock_fd;
+	bool stopping;
+};
+
+static void accept_worker(void *user, int fd, const struct ucred *peer)
+{
+	struct endpoint *endpoint = user;
+
+	if (worker_new(endpoint->server, endpoint->tenant, fd, peer) < 0)
+		log_error("%s: no memory for a connection", endpoint->path);
+}
+
+/* ---- state directory and paths ---- */
+
+static int take_lock(struct daemon *daemon)
+{
+	const char *dir = daemon->options->state_dir;
+	char *path;
+
+	if (mkdir(dir, 0755) < 0 && errno != EEXIST) {
+		log_error("state directory %s: %s", dir, strerror(errno));
+		return -errno;
+	}
+	if (asprintf(&path, "%s/lock", dir) < 0)
+		return -ENOMEM;
+	daemon->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	if (daemon->lock_fd < 0)
+		log_error("%s: %s", path, strerror(errno));
+	else if (flock(daemon->lock_fd, LOCK_EX | LOCK_NB) < 0)
+		log_error("state directory %s: another kvgated uses it", dir);
+	else
+		errno = 0;
+	free(path);
+	return errno ? -errno : 0;
+}
+
+/* A relative path counts from the state directory. */
+static char *full_path(const struct daemon *daemon, const char *path)
+{
+	char *full;
+
+	if (path[0] == '/')
+		return strdup(path);
+	return asprintf(&full, "%s/%s", daemon->options->state_dir, path) < 0 ? NULL : full;
+}
+
+/* ---- sockets ---- */
+
+static int listen_tenant(struct daemon *daemon, size_t index)
+{
+	const struct config_tenant *config = &daemon->config->tenants[index];
+	struct endpoint *endpoint = &daemon->endpoints[index];
+	bool overridden = index == 0 && daemon->options->socket;
+	struct listener_options options = {.mode = config->mode,
+		.owner = (uid_t)-1,
+		.group = (gid_t)-1,
+		.uids = config->uids,
+		.uid_count = config->uid_count};
+	char text[LISTENER_TEXT];
+	int r;
+
+	endpoint->server = &daemon->server;
+	endpoint->tenant = daemon->server.tenants[index];
+	endpoint->path = overridden ? strdup(daemon->options->socket) : full_path(daemon, config->socket);
+	if (!endpoint->path)
+		return -ENOMEM;
+	endpoint->tenant->socket = endpoint->path;
+	options.path = endpoint->path;
+	if (config->uid_count && geteuid() == 0)
+		options.owner = config->uids[0]; /* so that a mode of 0600 lets the tenant in */
+	r = listener_new(daemon->server.loop, &options, accept_worker, endpoint, &endpoint->listener, text);
+	if (r < 0)
+		log_error("tenant %s: %s", config->name, text);
+	return r;
+}
+
+static int listen_admin(struct daemon *daemon)
+{
+	const struct config *config = daemon->config;
+	struct endpoint *endpoint = &daemon->admin_endpoint;
+	struct listener_options options = {.mode = config->admin_mode, .owner = (uid_t)-1, .group = (gid_t)-1};
+	const struct group *group = config->admin_group ? getgrnam(config->admin_group) : NULL;
+	char text[LISTENER_TEXT];
+	int r;
+
+	if (config->admin_group && !group) {
+		log_error("[admin] group: there is no group %s", config->admin_group);
+		return -ENOENT;
+	}
+	if (group)
+		options.group = group->gr_gid;
+	endpoint->path = full_path(daemon, config->admin_socket ? config->admin_socket : "admin.sock");
+	if (!endpoint->path)
+		return -ENOMEM;
+	options.path = endpoint->path;
+	r = listener_new(daemon->server.loop, &options, admin_accept, &daemon->admin, &endpoint->listener, text);
+	if (r < 0)
+		log_error("admin: %s", text);
+	return r;
+}
+
+static void close_endpoint(struct endpoint *endpoint)
+{
+	endpoint->listener = listener_free(endpoint->listener);
+	free(endpoint->path);
+	endpoint->path = NULL;
+}
+
+/* ---- start ---- */
+
+static int start_memory(struct daemon *daemon)
+{
+	const struct config *config = daemon->config;
+	struct server *server = &daemon->server;
+	int r = loop_new(&server->loop);
+
+	if (r < 0) {
+		log_error("io_uring: %s (this kernel or its settings do not allow it)", strerror(-r));
+		return r;
+	}
+	r = executor_new(server->loop, &server->executor);
+	if (r >= 0)
+		r = pool_new(server->loop, server->executor, &kind_host, config->device_size, config->extent_size,
+			&server->pool);
+	if (r < 0)
+		log_error("memory: %s", strerror(-r));
+	return r;
+}
+
+static int start_tenants(struct daemon *daemon)
+{
+	const struct config *config = daemon->config;
+	struct server *server = &daemon->server;
+
+	server->tenants = calloc(config->tenant_count, sizeof(struct tenant *));
+	daemon->endpoints = calloc(config->tenant_count, sizeof(struct endpoint));
+	if (!server->tenants || !daemon->endpoints)
+		return -ENOMEM;
+	for (; server->tenant_count < config->tenant_count; server->tenant_count++) {
+		const struct config_tenant *tenant = &config->tenants[server->tenant_count];
+		int r = tenant_new(
+			server->pool, tenant->name, tenant->device_max, &server->tenants[server->tenant_count]);
+
+		if (r < 0) {
+			log_error("tenant %s: %s", tenant->name, strerror(-r));
+			return r;
+		}
+	}
+	return 0;
+}
+
+/* The loop goes on until every worker's memory is back. */
+static void check_stopped(void *user)
+{
+	struct daemon *daemon = user;
+
+	if (daemon->server.worker_count == 0 && daemon->server.pool->batches == 0)
+		loop_stop(daemon->server.loop);
+	else
+		loop_timer_set(daemon->stop_timer, 1000000);
+}
+
+static void on_signal(void *user, int signal)
+{
+	struct daemon *daemon = user;
+
+	if (daemon->stopping)
+		return;
+	daemon->stopping = true;
+	log_info("%s: stopping", strsignal(signal));
+	(void)sd_notify(0, "STOPPING=1\nSTATUS=Stopping");
+	for (size_t i = 0; i < daemon->server.tenant_count; i++)
+		close_endpoint(&daemon->endpoints[i]);
+	close_endpoint(&daemon->admin_endpoint);
+	admin_deinit(&daemon->admin);
+	server_stop(&daemon->server, "the daemon is stopping");
+	check_stopped(daemon);
+}
+
+static int start_signals(struct daemon *daemon)
+{
+	sigset_t set;
+	int r = loop_timer_new(daemon->server.loop, check_stopped, daemon, &daemon->stop_timer);
+
+	(void)sigemptyset(&set);
+	(void)sigaddset(&set, SIGTERM);
+	(void)sigaddset(&set, SIGINT);
+	return r < 0 ? r : loop_signals(daemon->server.loop, &set, on_signal, daemon);
+}
+
+static int start_sockets(struct daemon *daemon)
+{
+	for (size_t i = 0; i < daemon->server.tenant_count; i++) {
+		int r = listen_tenant(daemon, i);
+
+		if (r < 0)
+			return r;
+	}
+	return listen_admin(daemon);
+}
+
+static void announce(const struct daemon *daemon)
+{
+	char pool[SIZE_TEXT], extent[SIZE_TEXT];
+
+	(void)size_format(daemon->config->device_size, pool);
+	(void)size_format(daemon->config->extent_size, extent);
+	log_info("kvgated %s: %s pool of %s in extents of %s, %zu tenants, state in %s", KVG_VERSION,
+		daemon->server.pool->kind->name, pool, extent, daemon->server.tenant_count, daemon->options->state_dir);
+	(void)sd_notifyf(0, "READY=1\nSTATUS=%s pool of %s, %zu tenants", daemon->server.pool->kind->name, pool,
+		daemon->server.tenant_count);
+}
+
+static int start(struct daemon *daemon)
+{
+	int r = take_lock(daemon);
+
+	if (r >= 0)
+		r = start_memory(daemon);
+	if (r >= 0)
+		r = start_tenants(daemon);
+	if (r < 0)
+		return r;
+	daemon->server.spin_ns = (uint64_t)daemon->config->spin_us * 1000;
+	daemon->server.state_dir = daemon->options->state_dir;
+	admin_init(&daemon->admin, &daemon->server);
+	r = server_start(&daemon->server);
+	if (r >= 0)
+		r = start_signals(daemon);
+	if (r >= 0)
+		r = start_sockets(daemon);
+	return r;
+}
+
+/* ---- stop ---- */
+
+static void stop(struct daemon *daemon)
+{
+	struct server *server = &daemon->server;
+
+	for (size_t i = 0; daemon->endpoints && i < server->tenant_count; i++)
+		close_endpoint(&daemon->endpoints[i]);
+	close_endpoint(&daemon->admin_endpoint);
+	daemon->stop_timer = loop_timer_free(daemon->stop_timer);
+	server_end(server);
+	server->executor = executor_free(server->executor);
+	server->pool = pool_free(server->pool);
+	for (size_t i = 0; i < server->tenant_count; i++)
+		(void)tenant_free(server->tenants[i]);
+	free(server->tenants);
+	free(daemon->endpoints);
+	server->loop = loop_free(server->loop);
+	if (daemon->lock_fd >= 0)
+		(void)close(daemon->lock_fd);
+}
+
+int daemon_run(const struct config *config, const struct daemon_options *options)
+{
+	struct daemon daemon = {.config = config, .options = options, .lock_fd = -1};
+	sigset_t set;
+	int r;
+
+	(void)sigfillset(&set);
+	(void)pthread_sigmask(SIG_BLOCK, &set, NULL);
+	r = start(&daemon);
+	if (r >= 0) {
+		announce(&daemon);
+		r = loop_run(daemon.server.loop);
+		if (r < 0)
+			log_error("io_uring: %s", strerror(-r));
+	}
+	stop(&daemon);
+	return r < 0 ? EXIT_FAILURE : EXIT_SUCCESS;
+}

@@ -1,0 +1,33 @@
+/*
+ * executor.h - one thread that does a device's long work (scores, moves,
+ * creating and destroying extents), so that the reactor never waits for any.
+ *
+ * A job is embedded in its owner, which must outlive it. run() runs on the
+ * executor, then done() on the reactor; jobs run one at a time in the order of
+ * submission. Between submit and done() everything the job touches belongs to it.
+ */
+#ifndef KVG_EXECUTOR_H
+#define KVG_EXECUTOR_H
+
+#include "daemon/loop/loop.h"
+
+struct job {
+	void (*run)(struct job *job);
+	void (*done)(struct job *job);
+	struct job *next; /* the executor's */
+};
+
+struct executor;
+
+/* Starts the thread (all signals blocked in it) and adds its completions to the loop (a poller and an eventfd). */
+int executor_new(struct loop *loop, struct executor **ret);
+
+/* Waits for the queue to drain, runs every done(), ends the thread. NULL is fine; returns NULL. */
+struct executor *executor_free(struct executor *executor);
+
+void executor_submit(struct executor *executor, struct job *job);
+
+/* Jobs submitted and not yet done. */
+unsigned executor_pending(const struct executor *executor);
+
+#endif

@@ -1,0 +1,250 @@
+#include "daemon/memory/meta.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "proto/frame.h"
+
+#define PAGE     4096u
+#define PART_MAX ((uint64_t)1 << 40) /* bytes of one worker's tables, sparse */
+
+static uint64_t page_up(uint64_t size)
+{
+	return (size + PAGE - 1) & ~(uint64_t)(PAGE - 1);
+}
+
+/* Takes `size` bytes at *offset, page-aligned. */
+static uint64_t take(uint64_t *offset, uint64_t size)
+{
+	uint64_t at = *offset;
+
+	*offset = page_up(at + size);
+	return at;
+}
+
+static void plan_fixed(struct meta_header *header, uint64_t pool_size, uint64_t extent_size)
+{
+	uint64_t offset = page_up(sizeof(*header));
+	uint64_t blocks = extent_size / (2 * META_MIN_STRIDE);
+
+	*header = (struct meta_header){
+		.magic = META_MAGIC, .version = META_VERSION, .extent_size = extent_size, .pool_size = pool_size};
+	header->extent_count = (uint32_t)(pool_size / extent_size);
+	header->bitmap_size = (blocks + 63) / 64 * 8;
+	header->places_size = page_up(blocks * KVG_BLOCK_TOKENS * sizeof(struct meta_place));
+	header->tenants_offset = take(&offset, META_MAX_TENANTS * sizeof(struct meta_tenant));
+	header->workers_offset = take(&offset, META_MAX_WORKERS * sizeof(struct meta_worker));
+	header->extents_offset = take(&offset, header->extent_count * sizeof(struct meta_extent));
+	header->bitmaps_offset = take(&offset, header->extent_count * header->bitmap_size);
+	header->places_offset = take(&offset, header->extent_count * header->places_size);
+	header->fixed_size = offset;
+}
+
+int meta_new(uint64_t pool_size, uint64_t extent_size, struct meta **ret)
+{
+	struct meta *meta = calloc(1, sizeof(*meta));
+	struct meta_header header;
+	uint8_t *base;
+
+	if (!meta)
+		return -ENOMEM;
+	plan_fixed(&header, pool_size, extent_size);
+	meta->fd = memfd_create("kvgate-meta", MFD_CLOEXEC);
+	if (meta->fd < 0 || ftruncate(meta->fd, (off_t)header.fixed_size) < 0)
+		goto fail;
+	base = mmap(NULL, header.fixed_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, meta->fd, 0);
+	if (base == MAP_FAILED)
+		goto fail;
+	meta->header = (struct meta_header *)(void *)base;
+	*meta->header = header;
+	meta->tenants = (struct meta_tenant *)(void *)(base + header.tenants_offset);
+	meta->workers = (struct meta_worker *)(void *)(base + header.workers_offset);
+	meta->extents = (struct meta_extent *)(void *)(base + header.extents_offset);
+	*ret = meta;
+	return 0;
+fail:;
+	int error = errno;
+
+	if (meta->fd >= 0)
+		(void)close(meta->fd);
+	free(meta);
+	return -error;
+}
+
+struct meta *meta_free(struct meta *meta)
+{
+	if (!meta)
+		return NULL;
+	(void)munmap(meta->header, meta->header->fixed_size);
+	(void)close(meta->fd);
+	free(meta);
+	return NULL;
+}
+
+uint8_t *meta_bitmap(const struct meta *meta, uint32_t extent)
+{
+	return (uint8_t *)meta->header + meta->header->bitmaps_offset + extent * meta->header->bitmap_size;
+}
+
+struct meta_place *meta_places(const struct meta *meta, uint32_t extent)
+{
+	uint8_t *base = (uint8_t *)meta->header + meta->header->places_offset + extent * meta->header->places_size;
+
+	return (struct meta_place *)(void *)base;
+}
+
+static void punch(const struct meta *meta, uint64_t begin, uint64_t end)
+{
+	begin = page_up(begin);
+	end &= ~(uint64_t)(PAGE - 1);
+	if (begin < end)
+		(void)fallocate(
+			meta->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)begin, (off_t)(end - begin));
+}
+
+void meta_forget_places(const struct meta *meta, uint32_t extent)
+{
+	uint64_t begin = meta->header->places_offset + extent * meta->header->places_size;
+
+	punch(meta, begin, begin + meta->header->places_size);
+}
+
+/* Lays a worker's tables out from offset 0; the caller moves them to their range. */
+static void plan_part(struct meta_worker *worker, const struct kvg_layout *layout, uint32_t row_cap)
+{
+	const struct kvg_group *group = &layout->groups[0];
+	uint64_t rows = (uint64_t)group->layers * group->head_count, n = layout->max_sequences, offset = 0;
+
+	worker->layout = *layout;
+	worker->layers = group->layers;
+	worker->heads = group->head_count;
+	worker->max_sequences = layout->max_sequences;
+	worker->row_cap = row_cap;
+	worker->stripe_cap = row_cap / KVG_RUN_BLOCKS;
+	worker->move_cap = (uint32_t)(rows * KVG_STRIPE_TOKENS) + row_cap * KVG_BLOCK_TOKENS;
+	worker->seqs_offset = take(&offset, n * sizeof(struct meta_seq));
+	worker->rows_offset = take(&offset, n * rows * sizeof(struct meta_row));
+	worker->scored_offset = take(&offset, n * worker->layers * sizeof(uint32_t));
+	worker->held_offset = take(&offset, n * rows * row_cap * sizeof(uint32_t));
+	worker->runs_offset = take(&offset, n * worker->stripe_cap * rows * sizeof(uint32_t));
+	worker->redo_offset = take(&offset, sizeof(struct meta_redo) + rows * sizeof(struct meta_redo_row) +
+						    worker->move_cap * sizeof(struct meta_move));
+	worker->size = offset;
+}
+
+/* The lowest range of `size` bytes after the fixed part that no worker has. */
+static uint64_t find_range(const struct meta *meta, uint64_t size)
+{
+	uint64_t at = meta->header->fixed_size;
+	bool moved;
+
+	do {
+		moved = false;
+		for (uint32_t i = 0; i < META_MAX_WORKERS; i++) {
+			const struct meta_worker *other = &meta->workers[i];
+
+			if (other->id && at < other->offset + other->size && other->offset < at + size) {
+				at = other->offset + other->size;
+				moved = true;
+			}
+		}
+	} while (moved);
+	return at;
+}
+
+static void place_part(struct meta_worker *worker, uint64_t at)
+{
+	worker->offset = at;
+	worker->seqs_offset += at;
+	worker->rows_offset += at;
+	worker->scored_offset += at;
+	worker->held_offset += at;
+	worker->runs_offset += at;
+	worker->redo_offset += at;
+}
+
+static void point_part(struct meta_part *part)
+{
+	const struct meta_worker *worker = part->worker;
+	uint8_t *base = (uint8_t *)part->base - worker->offset;
+	uint64_t rows = (uint64_t)worker->layers * worker->heads;
+
+	part->seqs = (void *)(base + worker->seqs_offset);
+	part->rows = (void *)(base + worker->rows_offset);
+	part->scored = (void *)(base + worker->scored_offset);
+	part->held = (void *)(base + worker->held_offset);
+	part->runs = (void *)(base + worker->runs_offset);
+	part->redo = (void *)(base + worker->redo_offset);
+	part->redo_rows = (void *)(part->redo + 1);
+	part->moves = (void *)(part->redo_rows + rows);
+}
+
+static struct meta_worker *free_worker(struct meta *meta)
+{
+	for (uint32_t i = 0; i < META_MAX_WORKERS; i++)
+		if (!meta->workers[i].id)
+			return &meta->workers[i];
+	return NULL;
+}
+
+int meta_part_new(struct meta *meta, const struct kvg_layout *layout, uint32_t row_cap, struct meta_part *ret)
+{
+	struct meta_worker *entry = free_worker(meta), plan = {0};
+	struct meta_part part;
+	struct stat st;
+
+	if (!entry)
+		return -EUSERS;
+	plan_part(&plan, layout, row_cap);
+	if (plan.size > PART_MAX)
+		return -EFBIG;
+	place_part(&plan, find_range(meta, plan.size));
+	if (fstat(meta->fd, &st) < 0)
+		return -errno;
+	if ((uint64_t)st.st_size < plan.offset + plan.size && ftruncate(meta->fd, (off_t)(plan.offset + plan.size)) < 0)
+		return -errno;
+	part.base =
+		mmap(NULL, plan.size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, meta->fd, (off_t)plan.offset);
+	if (part.base == MAP_FAILED)
+		return -errno;
+	*entry = plan;
+	part.worker = entry;
+	point_part(&part);
+	*ret = part;
+	return 0;
+}
+
+void meta_part_deinit(struct meta *meta, struct meta_part *part)
+{
+	if (!part->base)
+		return;
+	punch(meta, part->worker->offset, part->worker->offset + part->worker->size);
+	(void)munmap(part->base, part->worker->size);
+	*part->worker = (struct meta_worker){0};
+	*part = (struct meta_part){0};
+}
+
+void meta_part_forget(const struct meta *meta, const struct meta_part *part, uint32_t slot)
+{
+	const struct meta_worker *worker = part->worker;
+	uint64_t rows = (uint64_t)worker->layers * worker->heads;
+	uint64_t held = rows * worker->row_cap * sizeof(uint32_t), runs = rows * worker->stripe_cap * sizeof(uint32_t);
+
+	punch(meta, worker->held_offset + slot * held, worker->held_offset + (slot + 1) * held);
+	punch(meta, worker->runs_offset + slot * runs, worker->runs_offset + (slot + 1) * runs);
+	memset(meta_rows(part, slot), 0, rows * sizeof(struct meta_row));
+	memset(part->scored + (size_t)slot * worker->layers, 0, worker->layers * sizeof(uint32_t));
+}
+
+uint64_t meta_physical(const struct meta *meta)
+{
+	struct stat st;
+
+	return fstat(meta->fd, &st) < 0 ? 0 : (uint64_t)st.st_blocks * 512u;
+}

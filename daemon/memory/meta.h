@@ -1,0 +1,193 @@
+/*
+ * meta.h - everything that must survive the daemon, in one memfd and in
+ * position-independent form: offsets and indices, never pointers.
+ *
+ * The fixed part (header, tenants, workers, extents, their block bitmaps and slot metadata)
+ * is mapped once; each worker's part (sequences, rows, tables of ids, redo record) is
+ * a range of the same memfd, mapped while the worker lives. The file is sparse: what was
+ * never touched costs nothing. Free lists, counters of free blocks and the like are derived
+ * from it and kept elsewhere.
+ *
+ * meta_extent.state: EMPTY -> BORN (charged, being created) -> LIVE -> DROPPED (the worker was asked to unmap) -> EMPTY
+ *                    BORN, LIVE -> DYING (its worker is gone) -> EMPTY
+ */
+#ifndef KVG_META_H
+#define KVG_META_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "daemon/quota/quota.h"
+#include "proto/kvgate_abi.h"
+
+#define META_MAGIC       0x6174656d67766bULL /* "kvgmeta" */
+#define META_VERSION     1u
+#define META_MAX_TENANTS 256u
+#define META_MAX_WORKERS 1024u
+#define META_NAME        128u
+#define META_MIN_STRIDE  128u /* bytes; bounds the blocks of an extent */
+
+enum meta_extent_state { META_EMPTY = 0, META_BORN = 1, META_LIVE = 2, META_DROPPED = 3, META_DYING = 4 };
+enum meta_generation { META_NURSERY = 0, META_HELD = 1 };
+enum meta_redo_state { META_REDO_NONE = 0, META_REDO_PLANNED = 1, META_REDO_MOVED = 2 };
+
+struct meta_header {
+	uint64_t magic;
+	uint32_t version, tenant_count;
+	uint64_t extent_size, pool_size;
+	uint32_t extent_count; /* capacity */
+	uint32_t reserved0;
+	uint64_t tenants_offset, workers_offset, extents_offset;
+	uint64_t bitmaps_offset, bitmap_size; /* of one extent */
+	uint64_t places_offset, places_size;  /* of one extent */
+	uint64_t fixed_size;
+	struct quota_account pool;
+};
+
+struct meta_tenant {
+	char name[META_NAME];
+	struct quota_account account;
+	uint64_t reserved[8];
+};
+
+/* Offsets count from the start of the memfd. R = layers * heads. */
+struct meta_worker {
+	uint64_t id; /* 0: unused */
+	uint32_t tenant, uid, pid, reserved0;
+	uint64_t stride;
+	uint32_t layers, heads, max_sequences, row_cap, stripe_cap, move_cap;
+	uint64_t offset, size;  /* this worker's range */
+	uint64_t seqs_offset;   /* struct meta_seq [max_sequences] */
+	uint64_t rows_offset;   /* struct meta_row [max_sequences][R] */
+	uint64_t scored_offset; /* uint32 [max_sequences][layers]: positions below are scored */
+	uint64_t held_offset;   /* uint32 block ids [max_sequences][R][row_cap] */
+	uint64_t runs_offset;   /* uint32 first block ids [max_sequences][stripe_cap][R] */
+	uint64_t redo_offset;   /* struct meta_redo, then struct meta_redo_row [R], then struct meta_move [move_cap] */
+	char name[META_NAME];
+	struct kvg_layout layout;
+};
+
+struct meta_extent {
+	uint32_t state, tenant;
+	uint32_t worker; /* index in the workers' table */
+	uint32_t slot;   /* in the arena */
+	uint32_t generation;
+	uint32_t owner; /* sequence slot + 1, or 0: blocks of any sequence of the worker */
+	uint32_t blocks, used;
+	uint32_t event; /* DROPPED: number of the event that asked for it */
+	uint32_t reserved0;
+	uint64_t bytes;
+	uint32_t reserved[4];
+};
+
+/* What is known of one KV pair. score = -inf: an eviction under way has dropped it. */
+struct meta_place {
+	int32_t pos;
+	float score;
+};
+
+struct meta_seq {
+	uint32_t epoch; /* 0: free */
+	uint32_t generation;
+	uint32_t fold_pos, committed_pos, reserved_pos;
+	uint32_t prune_start;           /* context tokens below it have had their eviction */
+	uint32_t stripe_first, stripes; /* runs [stripe_first, stripes) hold blocks; first is 0 outside of evictions */
+	uint32_t evictions, protected_count;
+	uint64_t pairs;    /* in base_len, over all rows */
+	uint64_t blocks;   /* in use */
+	uint64_t promised; /* bytes not yet drawn */
+	uint64_t want;     /* bytes that refunds of its own extents turn into promise again */
+	uint32_t protect_begin[KVG_MAX_PROTECTED], protect_end[KVG_MAX_PROTECTED];
+	struct kvg_policy policy;
+};
+
+/*
+ * Places 0 .. held_len - 1 of the held blocks are pairs. pending blocks follow the held ones:
+ * taken for the moves of the redo record, not yet published. Outside of evictions base_len == held_len.
+ */
+struct meta_row {
+	uint32_t base_len;
+	uint32_t held_len, held_blocks, pending;
+};
+
+struct meta_redo {
+	uint32_t state;        /* enum meta_redo_state */
+	uint32_t seq;          /* slot */
+	uint32_t stripe_first; /* after publishing */
+	uint32_t row_begin, row_end;
+	uint32_t move_count;
+	uint32_t reserved[10];
+};
+
+struct meta_redo_row {
+	uint32_t held_len, held_blocks; /* after publishing */
+};
+
+/* The same layout as struct kvg_move in kernels/host/move.h. */
+struct meta_move {
+	uint32_t src, dst;
+	uint8_t src_place, dst_place, count, reserved;
+};
+
+struct meta {
+	int fd;
+	struct meta_header *header;
+	struct meta_tenant *tenants;
+	struct meta_worker *workers;
+	struct meta_extent *extents;
+};
+
+/* A worker's part, mapped. */
+struct meta_part {
+	struct meta_worker *worker;
+	void *base;
+	struct meta_seq *seqs;
+	struct meta_row *rows;
+	uint32_t *scored, *held, *runs;
+	struct meta_redo *redo;
+	struct meta_redo_row *redo_rows;
+	struct meta_move *moves;
+};
+
+/* A new metadata memfd. 0 or a negative errno. */
+int meta_new(uint64_t pool_size, uint64_t extent_size, struct meta **ret);
+struct meta *meta_free(struct meta *meta);
+
+/* The bitmap of used blocks (bit id-in-extent) and the places [blocks][KVG_BLOCK_TOKENS] of an extent. */
+uint8_t *meta_bitmap(const struct meta *meta, uint32_t extent);
+struct meta_place *meta_places(const struct meta *meta, uint32_t extent);
+
+/* Gives the memory of an extent's places back. */
+void meta_forget_places(const struct meta *meta, uint32_t extent);
+
+/*
+ * Finds a free entry of the workers' table and a range for a layout, and maps it. The caller has
+ * set nothing before and fills tenant, names and ids. -EUSERS: the table is full; -EFBIG: the layout's tables are too
+ * large.
+ */
+int meta_part_new(struct meta *meta, const struct kvg_layout *layout, uint32_t row_cap, struct meta_part *ret);
+void meta_part_deinit(struct meta *meta, struct meta_part *part);
+
+/* Gives back the memory of a freed sequence's rows. */
+void meta_part_forget(const struct meta *meta, const struct meta_part *part, uint32_t slot);
+
+/* Bytes of memory that the metadata occupies. */
+uint64_t meta_physical(const struct meta *meta);
+
+static inline struct meta_row *meta_rows(const struct meta_part *part, uint32_t slot)
+{
+	return part->rows + (size_t)slot * part->worker->layers * part->worker->heads;
+}
+
+static inline uint32_t *meta_held(const struct meta_part *part, uint32_t slot, uint32_t row)
+{
+	return part->held + ((size_t)slot * part->worker->layers * part->worker->heads + row) * part->worker->row_cap;
+}
+
+static inline uint32_t *meta_run(const struct meta_part *part, uint32_t slot, uint32_t stripe)
+{
+	return part->runs +
+	       ((size_t)slot * part->worker->stripe_cap + stripe) * part->worker->layers * part->worker->heads;
+}
+
+#endif

@@ -1,0 +1,300 @@
+#include "daemon/memory/pool.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define RETRY_NS 100000000u /* between attempts to destroy an extent that a stale mapping keeps alive */
+
+static void retry_busy(void *user);
+
+static int pool_fill(struct pool *pool, struct loop *loop, uint64_t size)
+{
+	int r;
+
+	pool->free_indices = malloc(pool->extent_count * sizeof(uint32_t));
+	pool->extents = calloc(pool->extent_count, sizeof(struct extent *));
+	if (!pool->free_indices || !pool->extents)
+		return -ENOMEM;
+	for (uint32_t i = 0; i < pool->extent_count; i++)
+		pool->free_indices[i] = pool->extent_count - 1 - i;
+	pool->free_count = pool->extent_count;
+	r = loop_timer_new(loop, retry_busy, pool, &pool->timer);
+	if (r >= 0)
+		r = meta_new(size, pool->extent_size, &pool->meta);
+	if (r < 0)
+		return r;
+	pool->quota = (struct quota){.name = "pool", .account = &pool->meta->header->pool};
+	pool->quota.account->max = size;
+	return 0;
+}
+
+int pool_new(struct loop *loop, struct executor *executor, const struct kind_ops *kind, uint64_t size,
+	size_t extent_size, struct pool **ret)
+{
+	struct pool *pool = calloc(1, sizeof(*pool));
+	int r;
+
+	if (!pool)
+		return -ENOMEM;
+	size = size / extent_size * extent_size;
+	pool->kind = kind;
+	pool->executor = executor;
+	pool->extent_size = extent_size;
+	pool->extent_count = (uint32_t)(size / extent_size);
+	list_init(&pool->busy);
+	r = pool_fill(pool, loop, size);
+	if (r < 0) {
+		(void)pool_free(pool);
+		return r;
+	}
+	*ret = pool;
+	return 0;
+}
+
+static struct extent *extent_free(struct extent *extent)
+{
+	list_remove(&extent->node);
+	list_remove(&extent->open);
+	(void)arena_unref(extent->arena);
+	free(extent);
+	return NULL;
+}
+
+struct pool *pool_free(struct pool *pool)
+{
+	struct list *node;
+
+	if (!pool)
+		return NULL;
+	while ((node = list_pop(&pool->busy))) {
+		struct extent *extent = list_entry(node, struct extent, node);
+
+		(void)close(extent->fd);
+		extent_release(pool, extent, 0);
+	}
+	pool->timer = loop_timer_free(pool->timer);
+	(void)meta_free(pool->meta);
+	free(pool->free_indices);
+	free(pool->extents);
+	free(pool);
+	return NULL;
+}
+
+struct extent_batch *extent_batch_new(struct pool *pool, void (*done)(struct extent_batch *batch), void *user)
+{
+	struct extent_batch *batch = calloc(1, sizeof(*batch));
+
+	if (!batch)
+		return NULL;
+	batch->pool = pool;
+	batch->done = done;
+	batch->user = user;
+	list_init(&batch->extents);
+	return batch;
+}
+
+struct extent_batch *extent_batch_free(struct extent_batch *batch)
+{
+	free(batch);
+	return NULL;
+}
+
+static struct extent *extent_new(
+	struct pool *pool, struct arena *arena, struct quota *quota, uint32_t tenant, uint32_t worker)
+{
+	struct extent *extent = calloc(1, sizeof(*extent));
+
+	if (!extent)
+		return NULL;
+	list_init(&extent->node);
+	list_init(&extent->open);
+	extent->index = pool->free_indices[--pool->free_count];
+	extent->arena = arena_ref(arena);
+	extent->quota = quota;
+	extent->fd = -1;
+	extent->meta = &pool->meta->extents[extent->index];
+	extent->bitmap = meta_bitmap(pool->meta, extent->index);
+	extent->places = meta_places(pool->meta, extent->index);
+	extent->free_runs = arena->blocks_per_extent / KVG_RUN_BLOCKS;
+	memset(extent->bitmap, 0, pool->meta->header->bitmap_size);
+	*extent->meta = (struct meta_extent){.state = META_BORN,
+		.tenant = tenant,
+		.worker = worker,
+		.slot = arena->free_slots[--arena->free_count],
+		.blocks = arena->blocks_per_extent};
+	arena->extent_of_slot[extent->meta->slot] = extent->index;
+	extent->meta->bytes = arena->extent_size;
+	pool->extents[extent->index] = extent;
+	pool->live++;
+	return extent;
+}
+
+void extent_release(struct pool *pool, struct extent *extent, uint64_t to_promise)
+{
+	struct arena *arena = extent->arena;
+
+	if (extent->meta->state == META_DROPPED)
+		quota_unreturned_sub(extent->quota, arena->extent_size);
+	quota_refund_to_promise(extent->quota, arena->extent_size, to_promise);
+	pool->extents[extent->index] = NULL;
+	arena->extent_of_slot[extent->meta->slot] = SLOT_NONE;
+	arena->free_slots[arena->free_count++] = extent->meta->slot;
+	pool->free_indices[pool->free_count++] = extent->index;
+	pool->live--;
+	*extent->meta = (struct meta_extent){0};
+	(void)extent_free(extent);
+}
+
+int extent_batch_add_new(struct extent_batch *batch, struct arena *arena, struct quota *quota, uint32_t tenant,
+	uint32_t worker, uint32_t count)
+{
+	struct pool *pool = batch->pool;
+
+	if (pool->free_count < count || arena->free_count < count)
+		return -ENOSPC;
+	for (uint32_t i = 0; i < count; i++) {
+		struct extent *extent = extent_new(pool, arena, quota, tenant, worker);
+
+		if (!extent)
+			return -ENOMEM;
+		list_add_tail(&batch->extents, &extent->node);
+		batch->count++;
+	}
+	return 0;
+}
+
+static uint8_t *extent_address(const struct extent *extent)
+{
+	return extent->arena->base + (size_t)extent->meta->slot * extent->arena->extent_size;
+}
+
+static int create_one(struct pool *pool, struct extent *extent)
+{
+	int r;
+
+	extent->fd = pool->kind->create(extent->arena->extent_size);
+	if (extent->fd < 0)
+		return extent->fd;
+	r = pool->kind->map(extent->fd, extent_address(extent), extent->arena->extent_size);
+	if (r < 0) {
+		(void)close(extent->fd);
+		extent->fd = -1;
+	}
+	return r;
+}
+
+static void create_run(struct job *job)
+{
+	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
+
+	for (struct list *node = batch->extents.next; node != &batch->extents; node = node->next) {
+		int r = create_one(batch->pool, list_entry(node, struct extent, node));
+
+		if (r < 0 && !batch->status)
+			batch->status = r;
+	}
+}
+
+static void destroy_run(struct job *job)
+{
+	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
+	struct pool *pool = batch->pool;
+
+	for (struct list *node = batch->extents.next; node != &batch->extents; node = node->next) {
+		struct extent *extent = list_entry(node, struct extent, node);
+
+		if (extent->fd < 0)
+			continue;
+		(void)pool->kind->unmap(extent_address(extent), extent->arena->extent_size);
+		meta_forget_places(pool->meta, extent->index);
+		if (pool->kind->destroy(extent->fd, extent->arena->extent_size) == 0)
+			extent->fd = -1;
+	}
+}
+
+static void create_done(struct job *job)
+{
+	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
+
+	if (!batch->status) {
+		batch->pool->batches--;
+		batch->done(batch);
+		return;
+	}
+	/* What could be created is destroyed again before the batch is reported. */
+	batch->pool->batches--;
+	extent_batch_destroy(batch);
+}
+
+static void destroy_done(struct job *job)
+{
+	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
+	struct pool *pool = batch->pool;
+	struct list *node = batch->extents.next;
+
+	while (node != &batch->extents) {
+		struct extent *extent = list_entry(node, struct extent, node);
+
+		node = node->next;
+		if (extent->fd < 0)
+			continue;
+		if (extent->meta->state != META_DROPPED) {
+			extent->meta->state = META_DROPPED;
+			quota_unreturned_add(extent->quota, extent->arena->extent_size);
+		}
+		list_remove(&extent->node);
+		list_add_tail(&pool->busy, &extent->node);
+		loop_timer_set(pool->timer, RETRY_NS);
+	}
+	pool->batches--;
+	batch->done(batch);
+}
+
+void extent_batch_create(struct extent_batch *batch)
+{
+	batch->job.run = create_run;
+	batch->job.done = create_done;
+	batch->pool->batches++;
+	executor_submit(batch->pool->executor, &batch->job);
+}
+
+void extent_batch_destroy(struct extent_batch *batch)
+{
+	batch->job.run = destroy_run;
+	batch->job.done = destroy_done;
+	batch->pool->batches++;
+	executor_submit(batch->pool->executor, &batch->job);
+}
+
+static void retried(struct extent_batch *batch)
+{
+	struct list *node = batch->extents.next;
+
+	while (node != &batch->extents) {
+		struct extent *extent = list_entry(node, struct extent, node);
+
+		node = node->next;
+		extent_release(batch->pool, extent, 0);
+	}
+	batch->pool->reapers--;
+	(void)extent_batch_free(batch);
+}
+
+static void retry_busy(void *user)
+{
+	struct pool *pool = user;
+	struct extent_batch *batch = extent_batch_new(pool, retried, NULL);
+	struct list *node;
+
+	if (!batch) {
+		loop_timer_set(pool->timer, RETRY_NS);
+		return;
+	}
+	while ((node = list_pop(&pool->busy)))
+		list_add_tail(&batch->extents, node);
+	pool->reapers++;
+	extent_batch_destroy(batch);
+}

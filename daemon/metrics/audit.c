@@ -1,0 +1,278 @@
+#include "daemon/metrics/audit.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "daemon/memory/pool.h"
+
+/* The walk: the metadata as mapped, and what has been counted. */
+struct walk {
+	const uint8_t *base;
+	const struct meta_header *header;
+	const struct meta_tenant *tenants;
+	const struct meta_worker *workers;
+	const struct meta_extent *extents;
+	uint8_t *seen;                   /* bitmaps of blocks that rows refer to */
+	uint32_t *extent_of_slot;        /* of one worker at a time */
+	uint64_t *promised, *unreturned; /* by tenant */
+	struct audit *audit;
+};
+
+static void __attribute__((format(printf, 2, 3))) differ(struct walk *walk, const char *format, ...)
+{
+	struct audit *audit = walk->audit;
+	va_list arguments;
+
+	if (audit->difference_count < AUDIT_DIFFERENCES) {
+		va_start(arguments, format);
+		(void)vsnprintf(audit->differences[audit->difference_count], AUDIT_TEXT, format, arguments);
+		va_end(arguments);
+	}
+	audit->difference_count++;
+}
+
+static void expect(struct walk *walk, const char *object, const char *what, uint64_t counted, uint64_t said)
+{
+	if (counted != said)
+		differ(walk, "%s: %s counted %" PRIu64 ", the account says %" PRIu64, object, what, counted, said);
+}
+
+static const uint8_t *bitmap(const struct walk *walk, uint32_t extent)
+{
+	return walk->base + walk->header->bitmaps_offset + extent * walk->header->bitmap_size;
+}
+
+static void count_extent(struct walk *walk, uint32_t index, audit_physical physical, void *user)
+{
+	const struct meta_extent *extent = &walk->extents[index];
+	struct audit_row *row = &walk->audit->rows[extent->tenant];
+	uint64_t used = 0, bytes;
+	char object[64];
+
+	row->extents++;
+	row->extent_bytes += extent->bytes;
+	if (extent->state == META_DROPPED)
+		walk->unreturned[extent->tenant] += extent->bytes;
+	if (extent->state != META_LIVE) {
+		row->physical += extent->bytes;
+		return;
+	}
+	bytes = physical(user, index);
+	row->physical += bytes;
+	(void)snprintf(object, sizeof(object), "extent %u", index);
+	expect(walk, object, "bytes of memory", bytes, extent->bytes);
+	for (uint64_t i = 0; i < walk->header->bitmap_size; i++)
+		used += (unsigned)__builtin_popcount(bitmap(walk, index)[i]);
+	expect(walk, object, "blocks in its bitmap", used, extent->used);
+}
+
+/* A block that a row refers to: its extent is the worker's and alive, and no other row refers to it. */
+static void see_block(struct walk *walk, uint32_t worker, uint32_t ids_per_extent, uint32_t id)
+{
+	uint32_t slot = id / ids_per_extent, block = id % ids_per_extent;
+	uint32_t index = slot < walk->header->extent_count ? walk->extent_of_slot[slot] : SLOT_NONE;
+	uint8_t *byte, mask = (uint8_t)(1u << block % 8);
+
+	if (index == SLOT_NONE || block >= walk->extents[index].blocks) {
+		differ(walk, "worker %" PRIu64 ": a row refers to block %u, of which there is no extent",
+			walk->workers[worker].id, id);
+		return;
+	}
+	byte = &walk->seen[index * walk->header->bitmap_size + block / 8];
+	if (*byte & mask)
+		differ(walk, "worker %" PRIu64 ": two rows refer to block %u", walk->workers[worker].id, id);
+	*byte |= mask;
+	walk->audit->rows[walk->extents[index].tenant].blocks++;
+}
+
+struct sequence_walk {
+	struct walk *walk;
+	uint32_t worker, slot, ids_per_extent;
+	const struct meta_seq *seq;
+};
+
+static uint64_t see_row(const struct sequence_walk *at, uint32_t row, uint64_t *pairs)
+{
+	const struct meta_worker *worker = &at->walk->workers[at->worker];
+	size_t index = (size_t)at->slot * worker->layers * worker->heads + row;
+	const struct meta_row *meta =
+		(const struct meta_row *)(const void *)(at->walk->base + worker->rows_offset) + index;
+	const uint32_t *held =
+		(const uint32_t *)(const void *)(at->walk->base + worker->held_offset) + index * worker->row_cap;
+	uint32_t blocks = meta->held_blocks + meta->pending;
+
+	*pairs += meta->base_len;
+	if (blocks > worker->row_cap || meta->held_len > blocks * KVG_BLOCK_TOKENS) {
+		differ(at->walk,
+			"worker %" PRIu64 ", sequence slot %u, row %u: %u pairs in %u blocks, room for %u blocks",
+			worker->id, at->slot, row, meta->held_len, blocks, worker->row_cap);
+		return 0;
+	}
+	for (uint32_t i = 0; i < blocks; i++)
+		see_block(at->walk, at->worker, at->ids_per_extent, held[i]);
+	return blocks;
+}
+
+static uint64_t see_stripes(const struct sequence_walk *at)
+{
+	const struct meta_worker *worker = &at->walk->workers[at->worker];
+	uint32_t rows = worker->layers * worker->heads;
+	const uint32_t *runs = (const uint32_t *)(const void *)(at->walk->base + worker->runs_offset) +
+			       (size_t)at->slot * worker->stripe_cap * rows;
+
+	for (uint32_t s = at->seq->stripe_first; s < at->seq->stripes; s++)
+		for (uint32_t i = 0; i < rows * KVG_RUN_BLOCKS; i++)
+			see_block(at->walk, at->worker, at->ids_per_extent,
+				runs[(size_t)s * rows + i / KVG_RUN_BLOCKS] + i % KVG_RUN_BLOCKS);
+	return (uint64_t)(at->seq->stripes - at->seq->stripe_first) * rows * KVG_RUN_BLOCKS;
+}
+
+static void see_sequence(const struct sequence_walk *at)
+{
+	const struct meta_worker *worker = &at->walk->workers[at->worker];
+	uint64_t blocks, pairs = 0;
+	char object[96];
+
+	(void)snprintf(object, sizeof(object), "worker %" PRIu64 ", sequence slot %u", worker->id, at->slot);
+	if (at->seq->stripe_first > at->seq->stripes || at->seq->stripes > worker->stripe_cap) {
+		differ(at->walk, "%s: stripes %u to %u of %u", object, at->seq->stripe_first, at->seq->stripes,
+			worker->stripe_cap);
+		return;
+	}
+	blocks = see_stripes(at);
+	for (uint32_t row = 0; row < worker->layers * worker->heads; row++)
+		blocks += see_row(at, row, &pairs);
+	expect(at->walk, object, "blocks", blocks, at->seq->blocks);
+	expect(at->walk, object, "pairs", pairs, at->seq->pairs);
+	at->walk->promised[worker->tenant] += at->seq->promised;
+}
+
+static void see_worker(struct walk *walk, uint32_t index)
+{
+	const struct meta_worker *worker = &walk->workers[index];
+	const struct meta_seq *seqs = (const struct meta_seq *)(const void *)(walk->base + worker->seqs_offset);
+	size_t extent_size = arena_extent_size(walk->header->extent_size, worker->stride);
+
+	for (uint32_t i = 0; i < walk->header->extent_count; i++)
+		walk->extent_of_slot[i] = SLOT_NONE;
+	for (uint32_t i = 0; i < walk->header->extent_count; i++)
+		if (walk->extents[i].state == META_LIVE && walk->extents[i].worker == index)
+			walk->extent_of_slot[walk->extents[i].slot] = i;
+	for (uint32_t slot = 0; slot < worker->max_sequences; slot++) {
+		struct sequence_walk at = {.walk = walk,
+			.worker = index,
+			.slot = slot,
+			.ids_per_extent = (uint32_t)(extent_size / worker->stride),
+			.seq = &seqs[slot]};
+
+		if (at.seq->epoch)
+			see_sequence(&at);
+	}
+}
+
+/* Every block in use belongs to a row, and no row has a block that is free. */
+static void compare_bitmaps(struct walk *walk)
+{
+	uint64_t size = walk->header->bitmap_size;
+
+	for (uint32_t i = 0; i < walk->header->extent_count; i++)
+		if (walk->extents[i].state == META_LIVE && memcmp(bitmap(walk, i), walk->seen + i * size, size) != 0)
+			differ(walk, "extent %u: its bitmap and the rows that refer to it differ", i);
+}
+
+static void compare_accounts(struct walk *walk)
+{
+	const struct quota_account *pool = &walk->header->pool;
+	uint64_t charged = 0, promised = 0, unreturned = 0;
+
+	for (uint32_t i = 0; i < walk->header->tenant_count; i++) {
+		const struct quota_account *account = &walk->tenants[i].account;
+		struct audit_row *row = &walk->audit->rows[i];
+
+		(void)snprintf(row->tenant, sizeof(row->tenant), "%s", walk->tenants[i].name);
+		row->charged = account->charged;
+		expect(walk, row->tenant, "bytes charged", row->extent_bytes, account->charged);
+		expect(walk, row->tenant, "bytes promised", walk->promised[i], account->promised);
+		expect(walk, row->tenant, "bytes unreturned", walk->unreturned[i], account->unreturned);
+		charged += row->extent_bytes;
+		promised += walk->promised[i];
+		unreturned += walk->unreturned[i];
+	}
+	expect(walk, "pool", "bytes charged", charged, pool->charged);
+	expect(walk, "pool", "bytes promised", promised, pool->promised);
+	expect(walk, "pool", "bytes unreturned", unreturned, pool->unreturned);
+}
+
+static int walk_init(struct walk *walk, const uint8_t *base, struct audit *audit)
+{
+	walk->base = base;
+	walk->header = (const void *)base;
+	walk->tenants = (const void *)(base + walk->header->tenants_offset);
+	walk->workers = (const void *)(base + walk->header->workers_offset);
+	walk->extents = (const void *)(base + walk->header->extents_offset);
+	walk->audit = audit;
+	walk->seen = calloc(walk->header->extent_count, walk->header->bitmap_size);
+	walk->extent_of_slot = calloc(walk->header->extent_count, sizeof(uint32_t));
+	walk->promised = calloc(META_MAX_TENANTS, sizeof(uint64_t));
+	walk->unreturned = calloc(META_MAX_TENANTS, sizeof(uint64_t));
+	audit->row_count = walk->header->tenant_count;
+	audit->rows = calloc(audit->row_count + 1, sizeof(struct audit_row));
+	audit->differences = calloc(AUDIT_DIFFERENCES, AUDIT_TEXT);
+	return walk->seen && walk->extent_of_slot && walk->promised && walk->unreturned && audit->rows &&
+			       audit->differences
+		       ? 0
+		       : -ENOMEM;
+}
+
+static void walk_all(struct walk *walk, audit_physical physical, void *user)
+{
+	for (uint32_t i = 0; i < walk->header->extent_count; i++)
+		if (walk->extents[i].state != META_EMPTY)
+			count_extent(walk, i, physical, user);
+	for (uint32_t i = 0; i < META_MAX_WORKERS; i++)
+		if (walk->workers[i].id)
+			see_worker(walk, i);
+	compare_bitmaps(walk);
+	compare_accounts(walk);
+}
+
+int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *ret)
+{
+	struct walk walk = {0};
+	struct audit audit = {0};
+	struct stat st;
+	uint8_t *base;
+	int r;
+
+	if (fstat(meta_fd, &st) < 0)
+		return -errno;
+	base = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED | MAP_NORESERVE, meta_fd, 0);
+	if (base == MAP_FAILED)
+		return -errno;
+	r = walk_init(&walk, base, &audit);
+	if (r >= 0)
+		walk_all(&walk, physical, user);
+	free(walk.seen);
+	free(walk.extent_of_slot);
+	free(walk.promised);
+	free(walk.unreturned);
+	(void)munmap(base, (size_t)st.st_size);
+	if (r < 0)
+		audit_deinit(&audit);
+	else
+		*ret = audit;
+	return r;
+}
+
+void audit_deinit(struct audit *audit)
+{
+	free(audit->rows);
+	free(audit->differences);
+	*audit = (struct audit){0};
+}

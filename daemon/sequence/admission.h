@@ -1,0 +1,22 @@
+/*
+ * admission.h - how much memory a sequence will need at its peak, from its
+ * policy. Pure arithmetic.
+ */
+#ifndef KVG_ADMISSION_H
+#define KVG_ADMISSION_H
+
+#include <stdint.h>
+
+#include "proto/kvgate_abi.h"
+
+/*
+ * Blocks at the peak from now on, over `rows` rows (layers * heads): fresh tokens in whole stripes, kept
+ * ones packed with one partial block for each row, and two spare stripes where evictions move pairs.
+ * seen: tokens that the sequence has (prefix included), held: pairs that it holds over all rows, folded ones only.
+ */
+uint64_t admission_blocks(const struct kvg_policy *policy, uint32_t rows, uint64_t seen, uint64_t held);
+
+/* 0, or -EINVAL with text (of `size` bytes) that names the field, its value and the limit. */
+int admission_check(const struct kvg_policy *policy, uint32_t max_tokens, char *text, uint32_t size);
+
+#endif

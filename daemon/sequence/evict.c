@@ -1,0 +1,348 @@
+/* An eviction from request to completion. */
+#include "daemon/sequence/evict.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <stdio.h>
+
+#include "daemon/sequence/admission.h"
+
+static void begin(struct request *request);
+static void step(struct request *request);
+
+/* The request is done with, one way or the other; the next eviction of the space may start. */
+static void over(struct request *request)
+{
+	struct space *space = request->space;
+	struct list *next;
+
+	request->evict = evict_free(request->evict);
+	space->evicting = NULL;
+	space->evict_reserve = 0;
+	space_return_spare(space, sequence_handle(request->sequence));
+	request_finish(request);
+	next = space->evicting ? NULL : list_pop(&space->evict_queue);
+	if (next)
+		begin(list_entry(next, struct request, node));
+}
+
+static void over_failed(struct request *request, int status)
+{
+	request->cqe.status = status;
+	over(request);
+}
+
+static void report(struct request *request, uint64_t dropped)
+{
+	const struct space *space = request->space;
+	const struct meta_seq *meta = request->sequence->meta;
+	uint64_t fresh = (uint64_t)(meta->committed_pos - meta->fold_pos) * space->rows;
+
+	request->cqe.value[0] = meta->pairs + fresh;
+	request->cqe.value[1] = dropped;
+	request->cqe.value[2] = meta->blocks * 2 * space->arena->stride;
+	request->cqe.value[3] = (uint64_t)meta->committed_pos << 32 | meta->reserved_pos;
+}
+
+/* ---- END ---- */
+
+static void fold_rows(struct sequence *sequence)
+{
+	struct space *space = sequence->space;
+	struct meta_row *rows = meta_rows(&space->part, sequence->slot);
+	uint32_t slack = KVG_BLOCK_TOKENS;
+
+	sequence->meta->pairs = 0;
+	for (uint32_t row = 0; row < space->rows; row++) {
+		uint32_t blocks = rows[row].held_blocks, room = blocks * KVG_BLOCK_TOKENS - rows[row].held_len;
+
+		rows[row].base_len = rows[row].held_len;
+		sequence->meta->pairs += rows[row].held_len;
+		slack = room < slack ? room : slack;
+		memcpy(table_row(&space->table, sequence->slot, row), meta_held(&space->part, sequence->slot, row),
+			blocks * sizeof(uint32_t));
+		*table_base_len(&space->table, sequence->slot, row) = rows[row].base_len;
+	}
+	sequence->min_slack = slack;
+}
+
+/* What was reserved and not committed goes back. */
+static void give_rest(struct sequence *sequence)
+{
+	struct space *space = sequence->space;
+	struct meta_seq *meta = sequence->meta;
+
+	for (; meta->stripe_first < meta->stripes; meta->stripe_first++) {
+		const uint32_t *runs = meta_run(&space->part, sequence->slot, meta->stripe_first);
+
+		for (uint32_t row = 0; row < space->rows; row++)
+			blocks_give_run(&space->blocks, runs[row]);
+		meta->blocks -= (uint64_t)space->rows * KVG_RUN_BLOCKS;
+	}
+	meta->stripe_first = meta->stripes = 0;
+}
+
+/* The promise becomes what the sequence may still need; more than is promised now comes out of its own refunds. */
+static void shrink_promise(struct sequence *sequence)
+{
+	struct space *space = sequence->space;
+	struct meta_seq *meta = sequence->meta;
+	uint64_t blocks = admission_blocks(&meta->policy, space->rows, meta->committed_pos, meta->pairs);
+	uint32_t each = space->arena->blocks_per_extent;
+	uint64_t need =
+		blocks > meta->blocks ? (blocks - meta->blocks + each - 1) / each * space->arena->extent_size : 0;
+
+	meta->want = need > meta->promised ? need - meta->promised : 0;
+	if (need < meta->promised) {
+		quota_unpromise(&space->tenant->quota, meta->promised - need);
+		meta->promised = need;
+	}
+}
+
+static void end(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+	struct meta_seq *meta = sequence->meta;
+
+	give_rest(sequence);
+	fold_rows(sequence);
+	meta->fold_pos = meta->committed_pos;
+	meta->reserved_pos = meta->committed_pos + sequence->min_slack;
+	if (meta->reserved_pos > request->space->part.worker->layout.max_tokens)
+		meta->reserved_pos = request->space->part.worker->layout.max_tokens;
+	meta->generation++;
+	meta->evictions++;
+	if (!request->evict->decode)
+		meta->prune_start = request->evict->context_end;
+	shrink_promise(sequence);
+	sequence_publish(sequence);
+	report(request, request->evict->dropped);
+	over(request);
+}
+
+/* ---- the steps ---- */
+
+static void move_run(struct job *job)
+{
+	evict_move(list_entry(job, struct request, job)->sequence);
+}
+
+static void move_done(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (space_job_ended(request->space))
+		return;
+	evict_publish(request->sequence);
+	step(request);
+}
+
+static void take_step(struct request *request, uint64_t need, bool anywhere)
+{
+	struct sequence *sequence = request->sequence;
+	struct space *space = request->space;
+	struct evict *evict = request->evict;
+	uint32_t *ids = malloc((need + 1) * sizeof(uint32_t));
+
+	if (!ids)
+		abort(); /* past the point of no return: the redo record lets a successor go on */
+	if (anywhere)
+		blocks_take_anywhere(&space->blocks, &sequence->owner, need, ids);
+	else
+		blocks_take(&space->blocks, &sequence->owner, META_HELD, need, evict->new_blocks - need, ids);
+	evict->new_blocks -= need;
+	evict_plan(sequence, evict, ids);
+	free(ids);
+	space_submit_job(request, move_run, move_done);
+}
+
+static void step(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+	struct evict *evict = request->evict;
+	uint64_t need;
+	uint32_t missing;
+	bool anywhere;
+
+	if (!evict_has_step(sequence, evict)) {
+		end(request);
+		return;
+	}
+	need = evict_step_blocks(sequence, evict);
+	missing = blocks_missing(&request->space->blocks, &sequence->owner, META_HELD, need, evict->new_blocks - need);
+	anywhere = missing > 0;
+	if (missing && request->grow_status >= 0 && space_try_grow(request, missing, "the eviction", step) >= 0)
+		return;
+	request->grow_status = 0;
+	take_step(request, need, anywhere);
+}
+
+/* ---- SELECT, ROOM, MARK ---- */
+
+static void mark_run(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	evict_mark(request->sequence, request->evict);
+}
+
+static void mark_done(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (!space_job_ended(request->space))
+		step(request);
+}
+
+static void room(struct request *request)
+{
+	struct space *space = request->space;
+	uint64_t need = (uint64_t)space->rows * EVICT_ROOM_BLOCKS, have = blocks_free_anywhere(&space->blocks);
+	uint32_t each = space->arena->blocks_per_extent;
+	int r;
+
+	if (need > request->evict->new_blocks)
+		need = request->evict->new_blocks;
+	if (request->grow_status < 0) {
+		over_failed(request, request->grow_status);
+	} else if (have < need) {
+		r = space_try_grow(request, (uint32_t)((need - have + each - 1) / each), "the eviction", room);
+		if (r < 0)
+			over_failed(request, r);
+	} else {
+		space->evict_reserve = need;
+		space_submit_job(request, mark_run, mark_done);
+	}
+}
+
+static void select_run(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	request->cqe.status = evict_select(request->sequence, request->evict);
+}
+
+static void select_done(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (space_job_ended(request->space))
+		return;
+	if (request->cqe.status < 0) {
+		(void)snprintf(request->text, sizeof(request->text), "sequence %#" PRIx64 ": eviction: %s",
+			request->sqe.seq, strerror(-request->cqe.status));
+		over(request);
+	} else if (request->evict->dropped == 0) {
+		if (!request->evict->decode)
+			request->sequence->meta->prune_start = request->evict->context_end;
+		report(request, 0);
+		over(request);
+	} else {
+		room(request);
+	}
+}
+
+static void begin(struct request *request)
+{
+	request->space->evicting = request;
+	request->grow_status = 0;
+	space_submit_job(request, select_run, select_done);
+}
+
+/* ---- what an eviction means for a sequence ---- */
+
+/* The range of a prefill eviction, relative to the context; false: there is nothing to do. */
+static bool prefill_range(const struct meta_seq *meta, struct evict *evict)
+{
+	const struct kvg_policy *policy = &meta->policy;
+	uint64_t n = policy->context_tokens, seen, window;
+	bool absolute = (policy->flags & KVG_POLICY_WINDOW_ABSOLUTE) != 0,
+	     threshold = policy->mode == KVG_MODE_THRESHOLD;
+
+	if (policy->mode == KVG_MODE_OFF || (policy->ratio >= 1.0 && !threshold) ||
+		meta->committed_pos <= policy->prefix_tokens)
+		return false;
+	seen = meta->committed_pos - policy->prefix_tokens;
+	if (seen > n)
+		seen = n;
+	kvg_select_prefill_params(n, policy->chunk_tokens, threshold ? 1.0 : policy->ratio, policy->window, absolute,
+		&evict->ratio, &window);
+	if (policy->mode == KVG_MODE_ONCE) {
+		if (seen < n || meta->prune_start)
+			return false;
+		evict->ratio = policy->ratio;
+		evict->window = (uint32_t)window;
+		window = 0;
+	}
+	if (seen <= window || seen - window <= meta->prune_start)
+		return false;
+	evict->begin = policy->prefix_tokens + meta->prune_start;
+	evict->context_end = (uint32_t)(seen - window);
+	evict->end = policy->prefix_tokens + evict->context_end;
+	return true;
+}
+
+static bool is_needed(struct request *request, struct evict *evict)
+{
+	const struct meta_seq *meta = request->sequence->meta;
+	uint64_t rows = request->space->rows, fresh = (uint64_t)(meta->committed_pos - meta->fold_pos) * rows;
+
+	if (request->sqe.evict.mode == KVG_EVICT_PREFILL)
+		return prefill_range(meta, evict);
+	evict->decode = true;
+	return meta->pairs + fresh > meta->policy.budget * rows;
+}
+
+/* All committed tokens must have scores: an eviction folds them, and later ones will look at them. */
+static bool is_scored(struct request *request)
+{
+	const struct space *space = request->space;
+	const struct meta_seq *meta = request->sequence->meta;
+	uint32_t layers = space->part.worker->layers;
+	const uint32_t *scored = space->part.scored + (size_t)request->sequence->slot * layers;
+
+	for (uint32_t i = 0; i < layers; i++) {
+		if (scored[i] >= meta->committed_pos)
+			continue;
+		request_fail(request, -ENODATA,
+			"sequence %#" PRIx64 ": eviction: layer %u is scored to %u, committed are %u", request->sqe.seq,
+			i, scored[i], meta->committed_pos);
+		return false;
+	}
+	return true;
+}
+
+void op_evict(struct request *request)
+{
+	const struct meta_seq *meta = request->sequence->meta;
+	struct evict *evict;
+
+	if (request->sqe.evict.mode > KVG_EVICT_DECODE ||
+		(request->sqe.evict.mode == KVG_EVICT_DECODE && meta->policy.budget == 0)) {
+		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": eviction mode %u, decode budget %u tokens",
+			request->sqe.seq, request->sqe.evict.mode, meta->policy.budget);
+		return;
+	}
+	evict = calloc(1, sizeof(*evict));
+	if (!evict) {
+		request_fail(request, -ENOMEM, "sequence %#" PRIx64 ": eviction: out of memory", request->sqe.seq);
+		return;
+	}
+	if (!is_needed(request, evict)) {
+		(void)evict_free(evict);
+		report(request, 0);
+		request_finish(request);
+		return;
+	}
+	if (!is_scored(request)) {
+		(void)evict_free(evict);
+		return;
+	}
+	request->evict = evict;
+	if (request->space->evicting)
+		list_add_tail(&request->space->evict_queue, &request->node);
+	else
+		begin(request);
+}

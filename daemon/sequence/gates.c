@@ -1,0 +1,122 @@
+#include "daemon/sequence/gates.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/gate_file.h"
+
+struct gate_set *gate_set_free(struct gate_set *set)
+{
+	if (!set)
+		return NULL;
+	for (uint32_t i = 0; i < set->layers; i++)
+		(void)kvg_gate_free(set->gates[i]);
+	free(set);
+	return NULL;
+}
+
+/* What is sealed can neither shrink under a mapping nor change between check and use. */
+static int check_seals(int fd, char *text, size_t size)
+{
+	int need = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE, seals = fcntl(fd, F_GET_SEALS);
+
+	if (seals >= 0 && (seals & need) == need)
+		return 0;
+	(void)snprintf(text, size, "gate: the descriptor is not a memfd sealed against writing, growing and shrinking");
+	return -EINVAL;
+}
+
+static int check_shape(
+	uint32_t layer, const struct kvg_gate_shape *shape, const struct kvg_layout *layout, char *text, size_t size)
+{
+	const struct kvg_group *group = &layout->groups[0];
+
+	if (shape->heads == group->head_count && shape->group == group->query_heads &&
+		shape->hidden == layout->hidden_dim)
+		return 0;
+	(void)snprintf(text, size, "gate: layer %u has %u KV heads, group %u, hidden %u; the layout has %u, %u, %u",
+		layer, shape->heads, shape->group, shape->hidden, group->head_count, group->query_heads,
+		layout->hidden_dim);
+	return -EINVAL;
+}
+
+static int load_layer(const struct kvg_safetensors *file, uint32_t layer, const struct kvg_layout *layout,
+	struct kvg_gate **ret, char *text, size_t size)
+{
+	struct kvg_gate_tensors t;
+	char prefix[32];
+	int r;
+
+	(void)snprintf(prefix, sizeof(prefix), "layers.%u.", layer);
+	r = kvg_gate_tensors_read(file, prefix, &t, text, size);
+	if (r < 0)
+		return r;
+	r = check_shape(layer, &t.shape, layout, text, size);
+	if (r >= 0) {
+		struct kvg_gate_weights weights = {.heads = t.shape.heads,
+			.group = t.shape.group,
+			.hidden = t.shape.hidden,
+			.width = t.shape.width,
+			.sinks = t.shape.sinks,
+			.wq = t.wq,
+			.bq = t.bq,
+			.wk = t.wk,
+			.b = t.b,
+			.q_norm = t.q_norm,
+			.k_norm = t.k_norm,
+			.k_base = t.k_base};
+
+		r = kvg_gate_new(&weights, ret);
+		if (r < 0)
+			(void)snprintf(text, size, "gate: layer %u: %s", layer, strerror(-r));
+	}
+	kvg_gate_tensors_deinit(&t);
+	return r;
+}
+
+static int load_layers(const struct kvg_safetensors *file, const struct kvg_layout *layout, struct gate_set *set,
+	char *text, size_t size)
+{
+	for (uint32_t i = 0; i < set->layers; i++) {
+		int r = load_layer(file, i, layout, &set->gates[i], text, size);
+
+		if (r < 0)
+			return r;
+		set->folded += kvg_gate_folded(set->gates[i]) != 0;
+	}
+	return 0;
+}
+
+int gate_set_load(int fd, const struct kvg_layout *layout, struct gate_set **ret, char *text, size_t size)
+{
+	struct kvg_safetensors *file;
+	struct gate_set *set;
+	uint32_t layers = layout->groups[0].layers, found;
+	int r = check_seals(fd, text, size);
+
+	if (r >= 0)
+		r = kvg_safetensors_open_fd(fd, "gate", &file, text, size);
+	if (r < 0)
+		return r;
+	found = kvg_gate_file_layers(file);
+	set = calloc(1, sizeof(*set) + layers * sizeof(struct kvg_gate *));
+	if (found != layers) {
+		(void)snprintf(text, size, "gate: %u layers, the layout has %u", found, layers);
+		r = -EINVAL;
+	} else if (!set) {
+		(void)snprintf(text, size, "gate: out of memory");
+		r = -ENOMEM;
+	} else {
+		set->layers = layers;
+		r = load_layers(file, layout, set, text, size);
+	}
+	(void)kvg_safetensors_free(file);
+	if (r < 0)
+		(void)gate_set_free(set);
+	else
+		*ret = set;
+	return r;
+}

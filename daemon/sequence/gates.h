@@ -1,0 +1,23 @@
+/* gates.h - the gates of a model, one for each layer, as the scoring uses them. */
+#ifndef KVG_GATES_H
+#define KVG_GATES_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/host/gate.h"
+#include "proto/kvgate_abi.h"
+
+struct gate_set {
+	uint32_t layers, folded;
+	struct kvg_gate *gates[];
+};
+
+/*
+ * Reads a gate file from a memfd that is sealed against any change, and checks it against the layout (layers,
+ * KV heads, group, hidden_dim). Long work: runs on the executor. 0 or a negative errno with text.
+ */
+int gate_set_load(int fd, const struct kvg_layout *layout, struct gate_set **ret, char *text, size_t text_size);
+struct gate_set *gate_set_free(struct gate_set *set);
+
+#endif

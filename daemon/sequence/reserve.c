@@ -1,0 +1,281 @@
+/* Operations that never leave the reactor, but for reserve when it needs extents. */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "daemon/sequence/admission.h"
+#include "daemon/sequence/space.h"
+
+static uint64_t extents_bytes(const struct space *space, uint64_t blocks)
+{
+	uint32_t each = space->arena->blocks_per_extent;
+
+	return (blocks + each - 1) / each * space->arena->extent_size;
+}
+
+static struct sequence *sequence_new(struct space *space, const struct kvg_policy *policy, uint64_t promised)
+{
+	struct sequence *sequence = calloc(1, sizeof(*sequence));
+	struct meta_seq *meta;
+
+	if (!sequence)
+		return NULL;
+	sequence->space = space;
+	sequence->slot = space->free_slots[--space->free_count];
+	sequence->meta = meta = &space->part.seqs[sequence->slot];
+	block_owner_init(&sequence->owner, sequence->slot + 1);
+	list_init(&sequence->queue);
+	*meta = (struct meta_seq){.epoch = ++space->epoch, .promised = promised, .policy = *policy};
+	for (uint32_t i = 0; i < space->part.worker->layers; i++)
+		space->part.scored[(size_t)sequence->slot * space->part.worker->layers + i] = policy->prefix_tokens;
+	space->sequences[sequence->slot] = sequence;
+	space->sequence_count++;
+	space->tenant->sequences++;
+	sequence_publish(sequence);
+	return sequence;
+}
+
+void op_create(struct request *request)
+{
+	struct space *space = request->space;
+	const struct kvg_policy *policy = &request->sqe.create;
+	uint64_t bytes;
+	int r = admission_check(policy, space->part.worker->layout.max_tokens, request->text, sizeof(request->text));
+
+	if (r >= 0 && !space->free_count) {
+		request_fail(request, -EUSERS, "create: all %u sequences of the layout are in use",
+			space->part.worker->max_sequences);
+		return;
+	}
+	bytes = extents_bytes(space, r < 0 ? 0 : admission_blocks(policy, space->rows, 0, 0));
+	if (r >= 0 && bytes)
+		r = quota_promise(&space->tenant->quota, bytes, "the sequence", request->text);
+	if (r >= 0) {
+		request->sequence = sequence_new(space, policy, bytes);
+		if (!request->sequence) {
+			quota_unpromise(&space->tenant->quota, bytes);
+			request_fail(request, -ENOMEM, "create: out of memory");
+			return;
+		}
+		request->cqe.value[0] = request->sequence->slot;
+		request->cqe.value[1] = bytes;
+	}
+	request->cqe.status = r;
+	request_finish(request);
+}
+
+/* ---- reserve ---- */
+
+static void publish_run(struct sequence *sequence, uint32_t row, uint32_t stripe, uint32_t first)
+{
+	struct space *space = sequence->space;
+	uint32_t held = meta_rows(&space->part, sequence->slot)[row].held_blocks;
+	uint32_t *ids = table_row(&space->table, sequence->slot, row) + held + (size_t)stripe * KVG_RUN_BLOCKS;
+
+	for (uint32_t i = 0; i < KVG_RUN_BLOCKS; i++)
+		ids[i] = first + i;
+}
+
+/* ahead: runs that the stripes after this one will take. */
+static void add_stripe(struct sequence *sequence, uint64_t ahead)
+{
+	struct space *space = sequence->space;
+	struct meta_seq *meta = sequence->meta;
+	uint32_t *runs = meta_run(&space->part, sequence->slot, meta->stripes);
+
+	blocks_take(&space->blocks, &sequence->owner, META_NURSERY, space->rows, ahead, runs);
+	for (uint32_t row = 0; row < space->rows; row++)
+		publish_run(sequence, row, meta->stripes, runs[row]);
+	meta->stripes++;
+	meta->blocks += (uint64_t)space->rows * KVG_RUN_BLOCKS;
+}
+
+/* Extents to create before `stripes` can be taken; blocks that an eviction counts on are left to it. */
+static uint32_t reserve_missing(const struct sequence *sequence, uint32_t stripes)
+{
+	const struct space *space = sequence->space;
+	uint64_t units = (uint64_t)stripes * space->rows, need = units * KVG_RUN_BLOCKS + space->evict_reserve;
+	uint64_t all = blocks_free_anywhere(&space->blocks), each = space->arena->blocks_per_extent;
+	uint32_t missing = blocks_missing(&space->blocks, &sequence->owner, META_NURSERY, units, 0);
+
+	if (space->evicting && need > all && missing * each < need - all)
+		missing = (uint32_t)((need - all + each - 1) / each);
+	return missing;
+}
+
+static void reserve_step(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+	struct meta_seq *meta = sequence->meta;
+	uint32_t fresh = meta->committed_pos + request->sqe.reserve.tokens - meta->fold_pos;
+	uint32_t stripes = 0, missing, max = sequence->space->part.worker->layout.max_tokens;
+
+	if (request->grow_status < 0) {
+		request->cqe.status = request->grow_status;
+		request_finish(request);
+		return;
+	}
+	if (fresh > sequence->min_slack)
+		stripes = (fresh - sequence->min_slack + KVG_STRIPE_TOKENS - 1) / KVG_STRIPE_TOKENS;
+	if (stripes > meta->stripes) {
+		missing = reserve_missing(sequence, stripes - meta->stripes);
+		if (missing) {
+			(void)space_grow(request, missing, "reserve", reserve_step);
+			return;
+		}
+		while (meta->stripes < stripes)
+			add_stripe(sequence, (uint64_t)(stripes - meta->stripes - 1) * sequence->space->rows);
+	}
+	meta->reserved_pos = meta->fold_pos + sequence->min_slack + meta->stripes * KVG_STRIPE_TOKENS;
+	if (meta->reserved_pos > max)
+		meta->reserved_pos = max;
+	sequence_publish(sequence);
+	request->cqe.value[0] = meta->reserved_pos;
+	request_finish(request);
+}
+
+void op_reserve(struct request *request)
+{
+	const struct meta_seq *meta = request->sequence->meta;
+	uint64_t target = (uint64_t)meta->committed_pos + request->sqe.reserve.tokens;
+	uint32_t max = request->space->part.worker->layout.max_tokens;
+
+	if (target > max) {
+		request_fail(request, -E2BIG,
+			"sequence %#" PRIx64 ": reserve to %" PRIu64 " tokens, the layout's max_tokens is %u",
+			request->sqe.seq, target, max);
+		return;
+	}
+	reserve_step(request);
+}
+
+/* ---- the short ones ---- */
+
+void op_commit(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+	struct meta_seq *meta = sequence->meta;
+	uint32_t pos = request->sqe.commit.pos;
+
+	if (pos < meta->committed_pos || pos > meta->reserved_pos) {
+		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": commit to %u, committed are %u, reserved %u",
+			request->sqe.seq, pos, meta->committed_pos, meta->reserved_pos);
+		return;
+	}
+	meta->committed_pos = pos;
+	sequence_publish(sequence);
+	request_finish(request);
+}
+
+void op_truncate(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+	struct meta_seq *meta = sequence->meta;
+	uint32_t pos = request->sqe.truncate.pos, layers = request->space->part.worker->layers;
+	uint32_t *scored = request->space->part.scored + (size_t)sequence->slot * layers;
+
+	if (pos < meta->fold_pos || pos > meta->committed_pos) {
+		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": truncate to %u, possible are %u to %u",
+			request->sqe.seq, pos, meta->fold_pos, meta->committed_pos);
+		return;
+	}
+	meta->committed_pos = pos;
+	if (pos < meta->policy.prefix_tokens)
+		pos = meta->policy.prefix_tokens;
+	for (uint32_t i = 0; i < layers; i++)
+		if (scored[i] > pos)
+			scored[i] = pos;
+	sequence_publish(sequence);
+	request_finish(request);
+}
+
+void op_protect(struct request *request)
+{
+	struct meta_seq *meta = request->sequence->meta;
+	uint32_t begin = request->sqe.protect.begin, end = request->sqe.protect.end;
+
+	if (begin >= end || meta->protected_count == KVG_MAX_PROTECTED) {
+		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": protect [%u, %u), ranges in use %u of %u",
+			request->sqe.seq, begin, end, meta->protected_count, KVG_MAX_PROTECTED);
+		return;
+	}
+	meta->protect_begin[meta->protected_count] = begin;
+	meta->protect_end[meta->protected_count] = end;
+	meta->protected_count++;
+	request_finish(request);
+}
+
+void op_query(struct request *request)
+{
+	const struct meta_seq *meta = request->sequence->meta;
+	uint64_t fresh = (uint64_t)(meta->committed_pos - meta->fold_pos) * request->space->rows;
+
+	request->cqe.value[0] = meta->pairs + fresh;
+	request->cqe.value[1] = meta->blocks;
+	request->cqe.value[2] = meta->committed_pos;
+	request->cqe.value[3] = meta->reserved_pos;
+	request_finish(request);
+}
+
+/* ---- free ---- */
+
+static void give_blocks(struct sequence *sequence)
+{
+	struct space *space = sequence->space;
+	const struct meta_row *rows = meta_rows(&space->part, sequence->slot);
+
+	for (uint32_t row = 0; row < space->rows; row++) {
+		const uint32_t *held = meta_held(&space->part, sequence->slot, row);
+
+		for (uint32_t i = 0; i < rows[row].held_blocks; i++)
+			blocks_give(&space->blocks, held[i]);
+	}
+	for (uint32_t s = 0; s < sequence->meta->stripes; s++) {
+		const uint32_t *runs = meta_run(&space->part, sequence->slot, s);
+
+		for (uint32_t row = 0; row < space->rows; row++)
+			blocks_give_run(&space->blocks, runs[row]);
+	}
+}
+
+static void sequence_drop(struct sequence *sequence)
+{
+	struct space *space = sequence->space;
+	uint32_t slot = sequence->slot;
+
+	if (sequence->meta->blocks || sequence->meta->evictions) {
+		give_blocks(sequence);
+		meta_part_forget(space->pool->meta, &space->part, slot);
+	}
+	block_owner_deinit(&space->blocks, &sequence->owner);
+	quota_unpromise(&space->tenant->quota, sequence->meta->promised);
+	table_forget(&space->table, slot);
+	memset(sequence->meta, 0, sizeof(*sequence->meta));
+	space->sequences[slot] = NULL;
+	space->free_slots[space->free_count++] = slot;
+	space->sequence_count--;
+	space->tenant->sequences--;
+	free(sequence);
+}
+
+void op_free(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+	struct space *space = request->space;
+	struct list waiting, *node;
+
+	list_init(&waiting);
+	while ((node = list_pop(&sequence->queue)))
+		list_add_tail(&waiting, node);
+	request->cqe.seq = sequence_handle(sequence);
+	request->sequence = NULL;
+	sequence_drop(sequence);
+	space_return_spare(space, 0);
+	request_finish(request);
+	while ((node = list_pop(&waiting))) {
+		struct request *next = list_entry(node, struct request, node);
+
+		request_fail(next, -ENOENT, "sequence %#" PRIx64 ": there is no such sequence", next->sqe.seq);
+	}
+}

@@ -1,0 +1,500 @@
+#include "daemon/sequence/space.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "daemon/sequence/evict.h"
+#include "daemon/sequence/gates.h"
+#include "daemon/sequence/layout.h"
+
+static int space_fill(struct space *space, const struct kvg_layout *layout, uint64_t worker_id)
+{
+	uint32_t row_cap = layout_row_cap(layout), n = layout->max_sequences;
+	int r = tenant_arena(space->tenant, layout, &space->arena);
+
+	if (r >= 0)
+		r = meta_part_new(space->pool->meta, layout, row_cap, &space->part);
+	if (r < 0)
+		return r;
+	space->part.worker->id = worker_id;
+	space->part.worker->tenant = space->tenant->index;
+	space->part.worker->stride = space->arena->stride;
+	space->index = (uint32_t)(space->part.worker - space->pool->meta->workers);
+	space->sequences = calloc(n, sizeof(struct sequence *));
+	space->free_slots = malloc(n * sizeof(uint32_t));
+	if (!space->sequences || !space->free_slots)
+		return -ENOMEM;
+	for (uint32_t i = 0; i < n; i++)
+		space->free_slots[i] = n - 1 - i;
+	space->free_count = n;
+	block_space_init(&space->blocks, space->pool, space->arena);
+	return table_init(&space->table, layout, row_cap);
+}
+
+int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t worker_id, const struct space_ops *ops,
+	void *user, struct space **ret, char *text)
+{
+	struct space *space;
+	int r = layout_check(layout, text, KVG_TEXT_SIZE);
+
+	if (r < 0)
+		return r;
+	space = calloc(1, sizeof(*space));
+	if (!space)
+		return -ENOMEM;
+	space->tenant = tenant;
+	space->pool = tenant->pool;
+	space->ops = ops;
+	space->user = user;
+	space->rows = layout->groups[0].layers * layout->groups[0].head_count;
+	space->table = (struct table){.fd = -1, .reader_fd = -1};
+	list_init(&space->dropped);
+	list_init(&space->evict_queue);
+	block_space_init(&space->blocks, space->pool, NULL);
+	r = space_fill(space, layout, worker_id);
+	if (r < 0) {
+		(void)snprintf(text, KVG_TEXT_SIZE, "layout %s: %u sequences of %u tokens: %s", layout->model,
+			layout->max_sequences, layout->max_tokens, strerror(-r));
+		(void)space_free(space);
+		return r;
+	}
+	*ret = space;
+	return 0;
+}
+
+struct space *space_free(struct space *space)
+{
+	if (!space)
+		return NULL;
+	for (uint32_t i = 0; space->sequences && i < space->part.worker->max_sequences; i++)
+		free(space->sequences[i]);
+	table_deinit(&space->table);
+	meta_part_deinit(space->pool->meta, &space->part);
+	(void)arena_unref(space->arena);
+	(void)gate_set_free(space->gates);
+	free(space->sequences);
+	free(space->free_slots);
+	free(space);
+	return NULL;
+}
+
+void space_set_gates(struct space *space, struct gate_set *gates)
+{
+	(void)gate_set_free(space->gates);
+	space->gates = gates;
+}
+
+uint64_t space_overhead(const struct space *space)
+{
+	return table_physical(&space->table);
+}
+
+/* ---- the end of a space ---- */
+
+static void all_returned(struct extent_batch *batch)
+{
+	struct space *space = batch->user;
+
+	while (!list_empty(&batch->extents))
+		extent_release(batch->pool, list_entry(batch->extents.next, struct extent, node), 0);
+	(void)extent_batch_free(batch);
+	space->ops->closed(space->user);
+}
+
+static void move_all(struct list *from, struct list *to)
+{
+	struct list *node;
+
+	while ((node = list_pop(from))) {
+		struct extent *extent = list_entry(node, struct extent, node);
+
+		list_remove(&extent->open);
+		if (extent->meta->state != META_DROPPED)
+			extent->meta->state = META_DYING;
+		list_add_tail(to, &extent->node);
+	}
+}
+
+static void drop_sequences(struct space *space)
+{
+	for (uint32_t i = 0; i < space->part.worker->max_sequences; i++) {
+		struct sequence *sequence = space->sequences[i];
+
+		if (!sequence)
+			continue;
+		quota_unpromise(&space->tenant->quota, sequence->meta->promised);
+		memset(sequence->meta, 0, sizeof(*sequence->meta));
+		space->tenant->sequences--;
+		free(sequence);
+		space->sequences[i] = NULL;
+	}
+	space->sequence_count = 0;
+}
+
+static void close_now(struct space *space)
+{
+	struct extent_batch *batch = extent_batch_new(space->pool, all_returned, space);
+
+	if (!batch)
+		abort(); /* 100 bytes were not to be had: the service manager starts us again */
+	space->closing = true;
+	drop_sequences(space);
+	move_all(&space->blocks.extents, &batch->extents);
+	move_all(&space->blocks.spare, &batch->extents);
+	move_all(&space->dropped, &batch->extents);
+	extent_batch_destroy(batch);
+}
+
+void space_kill(struct space *space)
+{
+	atomic_store(&space->dying, true);
+	if (space->jobs == 0 && !space->closing)
+		close_now(space);
+}
+
+bool space_job_ended(struct space *space)
+{
+	space->jobs--;
+	if (!atomic_load_explicit(&space->dying, memory_order_relaxed))
+		return false;
+	if (space->jobs == 0 && !space->closing)
+		close_now(space);
+	return true;
+}
+
+void space_submit_job(struct request *request, void (*run)(struct job *), void (*done)(struct job *))
+{
+	request->space->jobs++;
+	request->job = (struct job){.run = run, .done = done};
+	executor_submit(request->space->pool->executor, &request->job);
+}
+
+/* ---- requests ---- */
+
+static void run(struct request *request);
+
+void request_finish(struct request *request)
+{
+	struct space *space = request->space;
+	struct sequence *sequence = request->sequence;
+	struct request *next = NULL;
+
+	if (sequence) {
+		request->cqe.seq = sequence_handle(sequence);
+		request->cqe.generation = sequence->meta->generation;
+		request->sequence = NULL;
+		sequence->busy = false;
+		if (!list_empty(&sequence->queue))
+			next = list_entry(list_pop(&sequence->queue), struct request, node);
+	}
+	space->ops->complete(space->user, request);
+	if (next)
+		run(next);
+}
+
+void request_deinit(struct request *request)
+{
+	request->evict = evict_free(request->evict);
+}
+
+void request_fail(struct request *request, int status, const char *format, ...)
+{
+	va_list arguments;
+
+	request->cqe.status = status;
+	va_start(arguments, format);
+	(void)vsnprintf(request->text, sizeof(request->text), format, arguments);
+	va_end(arguments);
+	request_finish(request);
+}
+
+static struct sequence *find_sequence(const struct space *space, uint64_t handle)
+{
+	uint32_t slot = (uint32_t)handle;
+	struct sequence *sequence = slot < space->part.worker->max_sequences ? space->sequences[slot] : NULL;
+
+	return sequence && sequence->meta->epoch == handle >> 32 ? sequence : NULL;
+}
+
+static void unmapped_done(struct extent_batch *batch)
+{
+	struct request *request = batch->user;
+	struct space *space = request->space;
+
+	while (!list_empty(&batch->extents)) {
+		struct extent *extent = list_entry(batch->extents.next, struct extent, node);
+		struct sequence *sequence = find_sequence(space, extent->refund_seq);
+		uint64_t back = 0;
+
+		if (sequence) {
+			struct meta_seq *meta = sequence->meta;
+
+			back = meta->want < extent->meta->bytes ? meta->want : extent->meta->bytes;
+			meta->want -= back;
+			meta->promised += back;
+		}
+		extent_release(batch->pool, extent, back);
+	}
+	(void)extent_batch_free(batch);
+	if (!space_job_ended(space))
+		request_finish(request);
+}
+
+static void op_unmapped(struct request *request)
+{
+	struct space *space = request->space;
+	uint32_t event = request->sqe.unmapped.event;
+	struct extent_batch *batch;
+
+	if ((int32_t)(event - space->dropped_event) > 0) {
+		request_fail(request, -EINVAL, "unmapped: event %u, the last one asked for is %u", event,
+			space->dropped_event);
+		return;
+	}
+	batch = extent_batch_new(space->pool, unmapped_done, request);
+	if (!batch) {
+		request_fail(request, -ENOMEM, "unmapped: out of memory");
+		return;
+	}
+	while (!list_empty(&space->dropped)) {
+		struct extent *extent = list_entry(space->dropped.next, struct extent, node);
+
+		if ((int32_t)(extent->meta->event - event) > 0)
+			break;
+		list_remove(&extent->node);
+		list_add_tail(&batch->extents, &extent->node);
+	}
+	space->jobs++;
+	extent_batch_destroy(batch);
+}
+
+static void run(struct request *request)
+{
+	static void (*const ops[])(struct request *) = {
+		[KVG_OP_RESERVE] = op_reserve,
+		[KVG_OP_COMMIT] = op_commit,
+		[KVG_OP_STAGE] = op_stage,
+		[KVG_OP_EVICT] = op_evict,
+		[KVG_OP_TRUNCATE] = op_truncate,
+		[KVG_OP_FREE] = op_free,
+		[KVG_OP_PROTECT] = op_protect,
+		[KVG_OP_QUERY] = op_query,
+	};
+	const struct kvg_sqe *sqe = &request->sqe;
+	struct sequence *sequence = find_sequence(request->space, sqe->seq);
+	bool versioned = sqe->op == KVG_OP_COMMIT || sqe->op == KVG_OP_STAGE || sqe->op == KVG_OP_EVICT ||
+			 sqe->op == KVG_OP_TRUNCATE;
+
+	if (!sequence) {
+		request_fail(request, -ENOENT, "sequence %#" PRIx64 ": there is no such sequence", sqe->seq);
+		return;
+	}
+	request->sequence = sequence;
+	sequence->busy = true;
+	if (versioned && sqe->generation != sequence->meta->generation)
+		request_fail(request, -ESTALE, "sequence %#" PRIx64 ": generation %u, it is at %u", sqe->seq,
+			sqe->generation, sequence->meta->generation);
+	else
+		ops[sqe->op](request);
+}
+
+void space_submit(struct space *space, struct request *request)
+{
+	const struct kvg_sqe *sqe = &request->sqe;
+	struct sequence *sequence;
+
+	request->space = space;
+	request->sequence = NULL;
+	if (sqe->op > KVG_OP_QUERY || sqe->flags || sqe->reserved0 || sqe->reserved1 || sqe->layout) {
+		request_fail(request, -EINVAL, "entry: operation %u, flags %#x, layout %u: not known here", sqe->op,
+			sqe->flags, sqe->layout);
+		return;
+	}
+	if (sqe->op == KVG_OP_NOP || sqe->op == KVG_OP_CREATE || sqe->op == KVG_OP_UNMAPPED) {
+		if (sqe->op == KVG_OP_CREATE)
+			op_create(request);
+		else if (sqe->op == KVG_OP_UNMAPPED)
+			op_unmapped(request);
+		else
+			request_finish(request);
+		return;
+	}
+	sequence = find_sequence(space, sqe->seq);
+	if (sequence && sequence->busy)
+		list_add_tail(&sequence->queue, &request->node);
+	else
+		run(request);
+}
+
+/* ---- extents come and go ---- */
+
+struct grow {
+	struct request *request;
+	void (*again)(struct request *);
+	uint64_t drawn;
+};
+
+static int announce(struct space *space, struct extent_batch *batch)
+{
+	struct extent *extents[64];
+	int r = 0;
+
+	while (!list_empty(&batch->extents)) {
+		uint32_t count = 0;
+		struct list *node;
+
+		while (count < 64 && (node = list_pop(&batch->extents))) {
+			extents[count] = list_entry(node, struct extent, node);
+			blocks_add_extent(&space->blocks, extents[count++]);
+		}
+		if (r >= 0)
+			r = space->ops->extents_added(space->user, extents, count);
+	}
+	return r;
+}
+
+static void release_failed(struct extent_batch *batch, uint64_t drawn, struct sequence *sequence)
+{
+	while (!list_empty(&batch->extents)) {
+		struct extent *extent = list_entry(batch->extents.next, struct extent, node);
+		uint64_t back = drawn < extent->meta->bytes ? drawn : extent->meta->bytes;
+
+		drawn -= back;
+		sequence->meta->promised += back;
+		extent_release(batch->pool, extent, back);
+	}
+}
+
+static void grown(struct extent_batch *batch)
+{
+	struct grow grow = *(struct grow *)batch->user;
+	struct request *request = grow.request;
+	struct space *space = request->space;
+	int status = batch->status;
+
+	free(batch->user);
+	if (status < 0)
+		release_failed(batch, grow.drawn, request->sequence);
+	else
+		status = announce(space, batch);
+	(void)extent_batch_free(batch);
+	if (space_job_ended(space))
+		return;
+	if (status < 0)
+		request_fail(
+			request, status, "%s: memory of the host: %s", space->tenant->quota.name, strerror(-status));
+	else
+		grow.again(request);
+}
+
+/* The batch could not even be filled: undo the charge. */
+static int undo_grow(struct request *request, struct extent_batch *batch, struct grow *grow, uint64_t bytes, int status)
+{
+	struct space *space = request->space;
+	uint64_t filled = batch ? batch->count * space->arena->extent_size : 0, back;
+
+	if (batch)
+		while (!list_empty(&batch->extents))
+			extent_release(space->pool, list_entry(batch->extents.next, struct extent, node), 0);
+	back = grow && grow->drawn < bytes - filled ? grow->drawn : 0;
+	quota_refund_to_promise(&space->tenant->quota, bytes - filled, back);
+	request->sequence->meta->promised += back;
+	(void)extent_batch_free(batch);
+	free(grow);
+	(void)snprintf(request->text, sizeof(request->text), "%s: extents of %" PRIu64 " bytes: %s",
+		space->tenant->quota.name, bytes, strerror(-status));
+	return status;
+}
+
+int space_try_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *))
+{
+	struct space *space = request->space;
+	struct meta_seq *meta = request->sequence->meta;
+	uint64_t bytes = extents * (uint64_t)space->arena->extent_size;
+	uint64_t drawn = meta->promised < bytes ? meta->promised : bytes;
+	struct extent_batch *batch;
+	struct grow *grow;
+	int r = quota_charge(&space->tenant->quota, bytes, drawn, what, request->text);
+
+	if (r < 0)
+		return r;
+	meta->promised -= drawn;
+	grow = malloc(sizeof(*grow));
+	if (grow)
+		*grow = (struct grow){.request = request, .again = again, .drawn = drawn};
+	batch = extent_batch_new(space->pool, grown, grow);
+	r = grow && batch ? extent_batch_add_new(batch, space->arena, &space->tenant->quota, space->tenant->index,
+				    space->index, extents)
+			  : -ENOMEM;
+	if (r < 0)
+		return undo_grow(request, batch, grow, bytes, r);
+	space->jobs++;
+	extent_batch_create(batch);
+	return 0;
+}
+
+bool space_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *))
+{
+	int r = space_try_grow(request, extents, what, again);
+
+	if (r >= 0)
+		return true;
+	request->cqe.status = r;
+	request_finish(request);
+	return false;
+}
+
+void space_return_spare(struct space *space, uint64_t refund_seq)
+{
+	uint32_t slots[1024];
+
+	while (!space->evicting && !list_empty(&space->blocks.spare)) {
+		uint32_t count = 0;
+		struct list taken, *node;
+
+		list_init(&taken);
+		while (count < 1024 && (node = list_pop(&space->blocks.spare))) {
+			struct extent *extent = list_entry(node, struct extent, node);
+
+			slots[count++] = extent->meta->slot;
+			extent->refund_seq = refund_seq;
+			extent->meta->state = META_DROPPED;
+			quota_unreturned_add(extent->quota, extent->meta->bytes);
+			list_add_tail(&taken, &extent->node);
+		}
+		space->blocks.spare_count -= count;
+		space->blocks.extent_count -= count;
+		space->dropped_event = space->ops->extents_dropped(space->user, slots, count);
+		while ((node = list_pop(&taken))) {
+			list_entry(node, struct extent, node)->meta->event = space->dropped_event;
+			list_add_tail(&space->dropped, node);
+		}
+	}
+}
+
+uint32_t sequence_block(const struct sequence *sequence, uint32_t row, uint32_t index)
+{
+	const struct meta_part *part = &sequence->space->part;
+	uint32_t held = meta_rows(part, sequence->slot)[row].held_blocks * KVG_BLOCK_TOKENS, fresh = index - held;
+
+	if (index < held)
+		return meta_held(part, sequence->slot, row)[index / KVG_BLOCK_TOKENS];
+	return meta_run(part, sequence->slot, fresh / KVG_STRIPE_TOKENS)[row] +
+	       fresh % KVG_STRIPE_TOKENS / KVG_BLOCK_TOKENS;
+}
+
+void sequence_publish(const struct sequence *sequence)
+{
+	const struct meta_seq *meta = sequence->meta;
+	struct kvg_slot *slot = &sequence->space->table.slots[sequence->slot];
+
+	slot->epoch = meta->epoch;
+	slot->generation = meta->generation;
+	slot->fold_pos = meta->fold_pos;
+	slot->committed_pos = meta->committed_pos;
+	slot->reserved_pos = meta->reserved_pos;
+}

@@ -1,0 +1,153 @@
+/*
+ * space.h - the KV of one worker: its sequences, their blocks and tables, and
+ * the requests that work on them.
+ *
+ * Requests of one sequence run in order; a request that needs the executor
+ * keeps its sequence busy and later ones wait in the sequence's queue. Requests
+ * of different sequences overtake each other, except evictions, of which a space
+ * runs one at a time. Each request submitted is completed exactly once, unless
+ * the space is killed first.
+ *
+ * A space that is killed waits for its jobs, then gives every extent back, and
+ * reports closed() when the last byte is in the pool again.
+ */
+#ifndef KVG_SPACE_H
+#define KVG_SPACE_H
+
+#include <stdatomic.h>
+
+#include "daemon/memory/blocks.h"
+#include "daemon/sequence/table.h"
+#include "daemon/tenant/tenant.h"
+
+struct gate_set;
+struct space;
+struct evict;
+
+struct sequence {
+	struct space *space;
+	uint32_t slot;
+	struct meta_seq *meta;
+	struct block_owner owner;
+	uint32_t min_slack; /* free places in the last held block of the row that has fewest */
+	bool busy;
+	struct list queue; /* requests that wait */
+};
+
+struct request {
+	struct list node; /* in a queue, or its owner's */
+	struct kvg_sqe sqe;
+	struct kvg_cqe cqe;
+	char text[KVG_TEXT_SIZE]; /* why status is negative */
+	struct space *space;
+	struct sequence *sequence; /* whose busy flag this request holds, or NULL */
+	struct job job;
+	struct evict *evict;
+	int grow_status; /* of the last space_try_grow() that went on the executor */
+};
+
+/* What a space tells its session; given at creation, called on the reactor. */
+struct space_ops {
+	void (*complete)(void *user, struct request *request);
+	/* New extents to map; the session passes their descriptors on. 0 or a negative errno. */
+	int (*extents_added)(void *user, struct extent *const *extents, uint32_t count);
+	/* Extents to unmap. Returns the number of the event that asks for it. */
+	uint32_t (*extents_dropped)(void *user, const uint32_t *slots, uint32_t count);
+	void (*closed)(void *user);
+};
+
+struct space {
+	struct tenant *tenant;
+	struct pool *pool;
+	struct arena *arena;
+	struct meta_part part;
+	struct table table;
+	uint32_t index;   /* of the worker in the metadata's table */
+	uint32_t rows;    /* layers * heads */
+	uint8_t *staging; /* rows: borrowed from the session, mapped as long as the space lives */
+	uint64_t staging_size;
+	struct gate_set *gates; /* owned; NULL until loaded */
+	struct block_space blocks;
+	struct list dropped;    /* extents that the worker was asked to unmap */
+	uint32_t dropped_event; /* the last of them */
+	struct sequence **sequences;
+	uint32_t *free_slots, free_count, sequence_count;
+	uint32_t epoch;
+	struct list evict_queue;
+	struct request *evicting;
+	uint64_t evict_reserve; /* free blocks that only the eviction under way may take */
+	unsigned jobs;          /* requests and batches on the executor */
+	atomic_bool dying;
+	bool closing; /* everything is on its way back */
+	const struct space_ops *ops;
+	void *user;
+};
+
+/*
+ * 0, or a negative errno with text (KVG_TEXT_SIZE bytes) that names what is refused: -EOPNOTSUPP (kind, dtype, groups),
+ * -EINVAL (sizes), -ENOMEM, -EUSERS.
+ */
+int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t worker_id, const struct space_ops *ops,
+	void *user, struct space **ret, char *text);
+
+/* Ends the space; closed() comes later (or at once), after which space_free() may be called. No complete() any more. */
+void space_kill(struct space *space);
+struct space *space_free(struct space *space);
+
+/* Takes a request; complete() may be called before this returns. */
+void space_submit(struct space *space, struct request *request);
+
+/* The gate for HIDDEN rows; the space owns it from now on. */
+void space_set_gates(struct space *space, struct gate_set *gates);
+
+/* Bytes of tables. */
+uint64_t space_overhead(const struct space *space);
+
+/* ---- for the operations (reserve.c, score.c, evict.c) ---- */
+
+void space_submit_job(struct request *request, void (*run)(struct job *), void (*done)(struct job *));
+
+/* The end of a job or batch: true when the space is dying, and then the caller touches nothing more. */
+bool space_job_ended(struct space *space);
+
+/* Frees what a request holds that was never completed. */
+void request_deinit(struct request *request);
+
+void request_finish(struct request *request);
+void request_fail(struct request *request, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+/* Charges and creates extents for a sequence, then calls again(request); fails the request when refused (and returns
+ * false). */
+bool space_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *));
+
+/*
+ * The same without failing the request: 0 when creation is under way, a negative errno with request->text otherwise.
+ * again() finds the creation's own failure in request->grow_status.
+ */
+int space_try_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *));
+
+/* Asks the worker to unmap the extents that hold nothing any more (not while an eviction may want them). */
+void space_return_spare(struct space *space, uint64_t refund_seq);
+
+/* The block of index `index` of a row. */
+uint32_t sequence_block(const struct sequence *sequence, uint32_t row, uint32_t index);
+
+/* Writes the state of a sequence to the worker's table. */
+void sequence_publish(const struct sequence *sequence);
+
+static inline uint64_t sequence_handle(const struct sequence *sequence)
+{
+	return (uint64_t)sequence->meta->epoch << 32 | sequence->slot;
+}
+
+void op_create(struct request *request);
+void op_reserve(struct request *request);
+void op_commit(struct request *request);
+void op_truncate(struct request *request);
+void op_protect(struct request *request);
+void op_query(struct request *request);
+void op_free(struct request *request);
+void op_stage(struct request *request);
+void op_evict(struct request *request);
+
+#endif

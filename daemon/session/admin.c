@@ -1,0 +1,431 @@
+#include "daemon/session/admin.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "control.pb-c.h"
+#include "daemon/base/log.h"
+#include "daemon/base/size.h"
+#include "daemon/metrics/audit.h"
+#include "daemon/session/worker.h"
+#include "proto/frame.h"
+
+#define MESSAGE_MAX   4096u
+#define MESSAGE_SHARE 16u
+
+struct admin_peer {
+	struct list node;
+	struct admin *admin;
+	int fd;
+	struct loop_watch *watch;
+	struct outbox outbox;
+	bool failed; /* a reply could not be sent */
+};
+
+static void reply_send(struct admin_peer *peer, Kvg__AdminReply *reply, uint64_t id)
+{
+	reply->id = id;
+	if (outbox_send(&peer->outbox, &reply->base, NULL, 0) < 0)
+		peer->failed = true;
+}
+
+static void reply_error(struct admin_peer *peer, uint64_t id, int status, const char *text)
+{
+	Kvg__Error error = KVG__ERROR__INIT;
+	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
+
+	error.status = status;
+	error.text = (char *)(uintptr_t)text;
+	reply.body_case = KVG__ADMIN_REPLY__BODY_ERROR;
+	reply.error = &error;
+	reply_send(peer, &reply, id);
+}
+
+static uint32_t count_sequences(const struct server *server)
+{
+	uint32_t count = 0;
+
+	for (size_t i = 0; i < server->tenant_count; i++)
+		count += server->tenants[i]->sequences;
+	return count;
+}
+
+static uint64_t count_overhead(const struct server *server)
+{
+	uint64_t bytes = meta_physical(server->pool->meta);
+
+	for (const struct list *node = server->workers.next; node != &server->workers; node = node->next)
+		bytes += worker_overhead(list_entry(node, struct worker, node));
+	return bytes;
+}
+
+static void on_status(struct admin_peer *peer, uint64_t id)
+{
+	const struct server *server = peer->admin->server;
+	const struct pool *pool = server->pool;
+	Kvg__Status status = KVG__STATUS__INIT;
+	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
+
+	status.version = (char *)(uintptr_t)KVG_VERSION;
+	status.pid = (uint64_t)getpid();
+	status.uptime_ms = (loop_now() - server->started_ns) / 1000000;
+	status.kind = (char *)(uintptr_t)pool->kind->name;
+	status.extent_size = pool->extent_size;
+	status.pool_size = pool->quota.account->max;
+	status.charged = pool->quota.account->charged;
+	status.promised = pool->quota.account->promised;
+	status.unreturned = pool->quota.account->unreturned;
+	status.overhead = count_overhead(server);
+	status.extents = pool->live;
+	status.workers = server->worker_count;
+	status.sequences = count_sequences(server);
+	status.state_dir = (char *)(uintptr_t)server->state_dir;
+	reply.body_case = KVG__ADMIN_REPLY__BODY_STATUS;
+	reply.status = &status;
+	reply_send(peer, &reply, id);
+}
+
+static void on_tenants(struct admin_peer *peer, uint64_t id)
+{
+	const struct server *server = peer->admin->server;
+	Kvg__Tenant *rows = calloc(server->tenant_count, sizeof(*rows)),
+		    **pointers = calloc(server->tenant_count, sizeof(*pointers));
+	Kvg__TenantList list = KVG__TENANT_LIST__INIT;
+	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
+
+	for (size_t i = 0; rows && pointers && i < server->tenant_count; i++) {
+		const struct tenant *tenant = server->tenants[i];
+		const struct quota_account *account = tenant->quota.account;
+
+		kvg__tenant__init(&rows[i]);
+		rows[i].name = tenant->name;
+		rows[i].socket = (char *)(uintptr_t)tenant->socket;
+		rows[i].device_max = account->max;
+		rows[i].charged = account->charged;
+		rows[i].promised = account->promised;
+		rows[i].unreturned = account->unreturned;
+		rows[i].workers = tenant->workers;
+		rows[i].sequences = tenant->sequences;
+		rows[i].refusals = account->refusals;
+		rows[i].high_water = account->high_water;
+		pointers[list.n_tenants++] = &rows[i];
+	}
+	list.tenants = pointers;
+	reply.body_case = KVG__ADMIN_REPLY__BODY_TENANTS;
+	reply.tenants = &list;
+	reply_send(peer, &reply, id);
+	free(rows);
+	free(pointers);
+}
+
+static void fill_worker(Kvg__Worker *row, const struct worker *worker)
+{
+	const struct space *space = worker->space;
+
+	kvg__worker__init(row);
+	row->id = worker->id;
+	row->tenant = worker->tenant->name;
+	row->name = (char *)(uintptr_t)worker->name;
+	row->uid = worker->peer.uid;
+	row->pid = (uint32_t)worker->peer.pid;
+	row->model = (char *)(uintptr_t) "";
+	row->overhead = worker_overhead(worker);
+	row->submitted = worker->submitted;
+	row->errors = worker->errors;
+	if (!space)
+		return;
+	row->model = space->part.worker->layout.model;
+	row->extents = space->blocks.extent_count;
+	row->sequences = space->sequence_count;
+	row->blocks = space->blocks.used_blocks;
+	for (const struct list *node = space->dropped.next; node != &space->dropped; node = node->next)
+		row->unreturned += space->arena->extent_size;
+	row->charged = row->extents * (uint64_t)space->arena->extent_size + row->unreturned;
+}
+
+static void on_workers(struct admin_peer *peer, uint64_t id)
+{
+	const struct server *server = peer->admin->server;
+	Kvg__Worker *rows = calloc(server->worker_count + 1, sizeof(*rows));
+	Kvg__Worker **pointers = calloc(server->worker_count + 1, sizeof(*pointers));
+	Kvg__WorkerList list = KVG__WORKER_LIST__INIT;
+	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
+
+	for (const struct list *node = server->workers.next; rows && pointers && node != &server->workers;
+		node = node->next) {
+		fill_worker(&rows[list.n_workers], list_entry(node, struct worker, node));
+		pointers[list.n_workers] = &rows[list.n_workers];
+		list.n_workers++;
+	}
+	list.workers = pointers;
+	reply.body_case = KVG__ADMIN_REPLY__BODY_WORKERS;
+	reply.workers = &list;
+	reply_send(peer, &reply, id);
+	free(rows);
+	free(pointers);
+}
+
+static void fill_sequence(Kvg__Sequence *row, const struct worker *worker, const struct sequence *sequence)
+{
+	const struct meta_seq *meta = sequence->meta;
+
+	kvg__sequence__init(row);
+	row->worker = worker->id;
+	row->seq = sequence_handle(sequence);
+	row->tenant = worker->tenant->name;
+	row->generation = meta->generation;
+	row->committed_pos = meta->committed_pos;
+	row->reserved_pos = meta->reserved_pos;
+	row->pairs = meta->pairs + (uint64_t)(meta->committed_pos - meta->fold_pos) * sequence->space->rows;
+	row->blocks = meta->blocks;
+	row->bytes = meta->blocks * 2 * sequence->space->arena->stride;
+	row->promised = meta->promised;
+	row->ratio = meta->policy.ratio;
+	row->level = meta->policy.level;
+	row->evictions = meta->evictions;
+}
+
+static size_t fill_sequences(Kvg__Sequence *rows, const struct server *server)
+{
+	size_t n = 0;
+
+	for (const struct list *node = server->workers.next; node != &server->workers; node = node->next) {
+		const struct worker *worker = list_entry(node, struct worker, node);
+		const struct space *space = worker->space;
+
+		for (uint32_t slot = 0; space && slot < space->part.worker->max_sequences; slot++)
+			if (space->sequences[slot])
+				fill_sequence(&rows[n++], worker, space->sequences[slot]);
+	}
+	return n;
+}
+
+static void on_sequences(struct admin_peer *peer, uint64_t id)
+{
+	const struct server *server = peer->admin->server;
+	uint32_t count = count_sequences(server);
+	Kvg__Sequence *rows = calloc(count + 1, sizeof(*rows)), **pointers = calloc(count + 1, sizeof(*pointers));
+	Kvg__SequenceList list = KVG__SEQUENCE_LIST__INIT;
+	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
+
+	if (rows && pointers)
+		list.n_sequences = fill_sequences(rows, server);
+	for (size_t i = 0; i < list.n_sequences; i++)
+		pointers[i] = &rows[i];
+	list.sequences = pointers;
+	reply.body_case = KVG__ADMIN_REPLY__BODY_SEQUENCES;
+	reply.sequences = &list;
+	reply_send(peer, &reply, id);
+	free(rows);
+	free(pointers);
+}
+
+/* ---- audit ---- */
+
+static uint64_t physical(void *user, uint32_t index)
+{
+	const struct pool *pool = user;
+	const struct extent *extent = pool->extents[index];
+
+	return extent && extent->fd >= 0 ? pool->kind->physical(extent->fd) : 0;
+}
+
+static void send_audit(struct admin_peer *peer, uint64_t id, const struct audit *audit)
+{
+	size_t shown = audit->difference_count < AUDIT_DIFFERENCES ? audit->difference_count : AUDIT_DIFFERENCES;
+	Kvg__AuditRow rows[META_MAX_TENANTS], *pointers[META_MAX_TENANTS];
+	char *differences[AUDIT_DIFFERENCES];
+	Kvg__Audit message = KVG__AUDIT__INIT;
+	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
+
+	for (size_t i = 0; i < audit->row_count; i++) {
+		struct audit_row *row = &audit->rows[i];
+
+		kvg__audit_row__init(&rows[i]);
+		rows[i].tenant = row->tenant;
+		rows[i].extents = row->extents;
+		rows[i].blocks = row->blocks;
+		rows[i].extent_bytes = row->extent_bytes;
+		rows[i].physical = row->physical;
+		rows[i].charged = row->charged;
+		pointers[i] = &rows[i];
+	}
+	for (size_t i = 0; i < shown; i++)
+		differences[i] = audit->differences[i];
+	message.clean = audit->difference_count == 0;
+	message.rows = pointers;
+	message.n_rows = audit->row_count;
+	message.differences = differences;
+	message.n_differences = shown;
+	reply.body_case = KVG__ADMIN_REPLY__BODY_AUDIT;
+	reply.audit = &message;
+	reply_send(peer, &reply, id);
+}
+
+static void on_audit(struct admin_peer *peer, uint64_t id)
+{
+	struct pool *pool = peer->admin->server->pool;
+	struct audit audit;
+	int r = audit_run(pool->meta->fd, physical, pool, &audit);
+
+	if (r < 0) {
+		reply_error(peer, id, r, "audit: out of memory");
+		return;
+	}
+	send_audit(peer, id, &audit);
+	audit_deinit(&audit);
+}
+
+/* ---- budgets ---- */
+
+static void send_budget(struct admin_peer *peer, uint64_t id, const struct tenant *tenant)
+{
+	Kvg__Budget budget = KVG__BUDGET__INIT;
+	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
+
+	budget.tenant = tenant->name;
+	budget.device_max = tenant->quota.account->max;
+	budget.charged = tenant->quota.account->charged;
+	budget.promised = tenant->quota.account->promised;
+	reply.body_case = KVG__ADMIN_REPLY__BODY_BUDGET;
+	reply.budget = &budget;
+	reply_send(peer, &reply, id);
+}
+
+static void on_budget(struct admin_peer *peer, uint64_t id, const char *name, const uint64_t *device_max)
+{
+	struct tenant *tenant = server_tenant(peer->admin->server, name);
+	uint64_t pool_size = peer->admin->server->pool->quota.account->max;
+	char text[256], asked[SIZE_TEXT], limit[SIZE_TEXT];
+
+	if (!tenant) {
+		(void)snprintf(text, sizeof(text), "tenant %s: there is no such tenant", name);
+		reply_error(peer, id, -ENOENT, text);
+	} else if (device_max && *device_max > pool_size) {
+		(void)snprintf(text, sizeof(text), "tenant %s: device.max %s is more than the pool's %s", name,
+			size_format(*device_max, asked), size_format(pool_size, limit));
+		reply_error(peer, id, -EINVAL, text);
+	} else {
+		if (device_max) {
+			log_info("tenant %s: device.max %s -> %s", name, size_format(tenant->quota.account->max, limit),
+				size_format(*device_max, asked));
+			tenant->quota.account->max = *device_max;
+		}
+		send_budget(peer, id, tenant);
+	}
+}
+
+/* ---- connections ---- */
+
+static void dispatch(struct admin_peer *peer, const Kvg__AdminRequest *request)
+{
+	switch (request->body_case) {
+	case KVG__ADMIN_REQUEST__BODY_STATUS:
+		on_status(peer, request->id);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_TENANTS:
+		on_tenants(peer, request->id);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_WORKERS:
+		on_workers(peer, request->id);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_SEQUENCES:
+		on_sequences(peer, request->id);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_AUDIT:
+		on_audit(peer, request->id);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_BUDGET_GET:
+		on_budget(peer, request->id, request->budget_get->tenant, NULL);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_BUDGET_SET:
+		on_budget(peer, request->id, request->budget_set->tenant, &request->budget_set->device_max);
+		break;
+	default:
+		reply_error(peer, request->id, -EOPNOTSUPP, "admin: a message of unknown type");
+	}
+}
+
+static void peer_free(struct admin_peer *peer)
+{
+	list_remove(&peer->node);
+	(void)loop_watch_free(peer->watch);
+	outbox_deinit(&peer->outbox);
+	(void)close(peer->fd);
+	free(peer);
+}
+
+/* One message. False when the connection is over. */
+static bool receive(struct admin_peer *peer, const struct kvg_frame *frame)
+{
+	Kvg__AdminRequest *request = kvg__admin_request__unpack(NULL, frame->size, frame->data);
+
+	if (!request) {
+		reply_error(peer, 0, -EBADMSG, "admin: a message is truncated or malformed");
+		return false;
+	}
+	dispatch(peer, request);
+	kvg__admin_request__free_unpacked(request, NULL);
+	return !peer->failed;
+}
+
+static void ready(void *user, uint32_t revents)
+{
+	struct admin_peer *peer = user;
+
+	if ((revents & POLLOUT) && outbox_flush(&peer->outbox) < 0) {
+		peer_free(peer);
+		return;
+	}
+	for (unsigned i = 0; i < MESSAGE_SHARE; i++) {
+		struct kvg_frame frame;
+		int r = kvg_frame_receive(peer->fd, MESSAGE_MAX, 0, 0, &frame);
+		bool alive;
+
+		if (r == -EAGAIN)
+			return;
+		alive = r > 0 && receive(peer, &frame);
+		if (r > 0)
+			kvg_frame_deinit(&frame);
+		if (!alive) {
+			peer_free(peer);
+			return;
+		}
+	}
+	loop_watch_again(peer->watch);
+}
+
+void admin_accept(void *user, int fd, const struct ucred *credentials)
+{
+	struct admin *admin = user;
+	struct admin_peer *peer = calloc(1, sizeof(*peer));
+
+	(void)credentials;
+	if (!peer) {
+		(void)close(fd);
+		return;
+	}
+	peer->admin = admin;
+	peer->fd = fd;
+	outbox_init(&peer->outbox, fd);
+	list_add_tail(&admin->peers, &peer->node);
+	if (loop_watch_new(admin->server->loop, fd, POLLIN | POLLOUT, ready, peer, &peer->watch) < 0)
+		peer_free(peer);
+}
+
+void admin_init(struct admin *admin, struct server *server)
+{
+	*admin = (struct admin){.server = server};
+	list_init(&admin->peers);
+}
+
+void admin_deinit(struct admin *admin)
+{
+	while (!list_empty(&admin->peers))
+		peer_free(list_entry(admin->peers.next, struct admin_peer, node));
+}

@@ -1,0 +1,100 @@
+#include "daemon/session/outbox.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "daemon/base/cleanup.h"
+#include "proto/frame.h"
+
+struct packet {
+	struct list node;
+	uint8_t *data;
+	size_t size;
+	unsigned fd_count;
+	int fds[];
+};
+
+void outbox_init(struct outbox *outbox, int fd)
+{
+	*outbox = (struct outbox){.fd = fd};
+	list_init(&outbox->packets);
+}
+
+static void packet_free(struct packet *packet)
+{
+	for (unsigned i = 0; i < packet->fd_count; i++)
+		(void)close(packet->fds[i]);
+	free(packet->data);
+	free(packet);
+}
+
+void outbox_deinit(struct outbox *outbox)
+{
+	struct list *node;
+
+	while ((node = list_pop(&outbox->packets)))
+		packet_free(list_entry(node, struct packet, node));
+}
+
+static int enqueue(struct outbox *outbox, const uint8_t *data, size_t size, const int *fds, unsigned fd_count)
+{
+	struct packet *packet;
+
+	if (outbox->count == OUTBOX_PACKETS)
+		return -EOVERFLOW;
+	packet = calloc(1, sizeof(*packet) + fd_count * sizeof(int));
+	if (!packet)
+		return -ENOMEM;
+	packet->data = malloc(size ? size : 1);
+	if (packet->data)
+		memcpy(packet->data, data, size);
+	packet->size = size;
+	for (; packet->data && packet->fd_count < fd_count; packet->fd_count++) {
+		packet->fds[packet->fd_count] = fcntl(fds[packet->fd_count], F_DUPFD_CLOEXEC, 0);
+		if (packet->fds[packet->fd_count] < 0)
+			break;
+	}
+	if (!packet->data || packet->fd_count < fd_count) {
+		packet_free(packet);
+		return -ENOMEM;
+	}
+	list_add_tail(&outbox->packets, &packet->node);
+	outbox->count++;
+	return 0;
+}
+
+int outbox_flush(struct outbox *outbox)
+{
+	while (!list_empty(&outbox->packets)) {
+		struct packet *packet = list_entry(outbox->packets.next, struct packet, node);
+		int r = kvg_frame_send(outbox->fd, packet->data, packet->size, packet->fds, packet->fd_count);
+
+		if (r == -EAGAIN)
+			return 0;
+		if (r < 0)
+			return r;
+		list_remove(&packet->node);
+		outbox->count--;
+		packet_free(packet);
+	}
+	return 0;
+}
+
+int outbox_send(struct outbox *outbox, const ProtobufCMessage *message, const int *fds, unsigned fd_count)
+{
+	size_t size = protobuf_c_message_get_packed_size(message);
+	_cleanup_free_ uint8_t *data = malloc(size ? size : 1);
+	int r = outbox_flush(outbox);
+
+	if (!data)
+		return -ENOMEM;
+	(void)protobuf_c_message_pack(message, data);
+	if (r >= 0 && list_empty(&outbox->packets))
+		r = kvg_frame_send(outbox->fd, data, size, fds, fd_count);
+	else if (r >= 0)
+		r = -EAGAIN;
+	return r == -EAGAIN ? enqueue(outbox, data, size, fds, fd_count) : r;
+}

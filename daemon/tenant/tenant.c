@@ -1,0 +1,73 @@
+#include "daemon/tenant/tenant.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+int tenant_new(struct pool *pool, const char *name, uint64_t device_max, struct tenant **ret)
+{
+	uint32_t index = pool->meta->header->tenant_count;
+	struct meta_tenant *meta = &pool->meta->tenants[index];
+	struct tenant *tenant;
+
+	if (index == META_MAX_TENANTS)
+		return -EUSERS;
+	tenant = calloc(1, sizeof(*tenant));
+	if (!tenant)
+		return -ENOMEM;
+	list_init(&tenant->arenas);
+	tenant->index = index;
+	tenant->pool = pool;
+	tenant->name = strdup(name);
+	if (!tenant->name || asprintf(&tenant->account_name, "tenant %s", name) < 0) {
+		tenant->account_name = NULL;
+		(void)tenant_free(tenant);
+		return -ENOMEM;
+	}
+	(void)snprintf(meta->name, sizeof(meta->name), "%s", name);
+	meta->account.max = device_max;
+	tenant->quota = (struct quota){.name = tenant->account_name, .parent = &pool->quota, .account = &meta->account};
+	pool->meta->header->tenant_count++;
+	*ret = tenant;
+	return 0;
+}
+
+struct tenant *tenant_free(struct tenant *tenant)
+{
+	if (!tenant)
+		return NULL;
+	assert(list_empty(&tenant->arenas) && tenant->workers == 0);
+	free(tenant->name);
+	free(tenant->account_name);
+	free(tenant);
+	return NULL;
+}
+
+/* Whether blocks of the two layouts may share an arena: limits of a worker's tables do not matter. */
+static int same_geometry(const struct kvg_layout *a, const struct kvg_layout *b)
+{
+	return strcmp(a->model, b->model) == 0 && a->group_count == b->group_count &&
+	       memcmp(a->groups, b->groups, sizeof(a->groups)) == 0;
+}
+
+int tenant_arena(struct tenant *tenant, const struct kvg_layout *layout, struct arena **ret)
+{
+	struct pool *pool = tenant->pool;
+	int r;
+
+	for (struct list *node = tenant->arenas.next; node != &tenant->arenas; node = node->next) {
+		struct arena *arena = list_entry(node, struct arena, node);
+
+		if (same_geometry(&arena->layout, layout)) {
+			*ret = arena_ref(arena);
+			return 0;
+		}
+	}
+	r = arena_new(pool->kind, layout, pool->extent_size, pool->extent_count, ret);
+	if (r < 0)
+		return r;
+	list_add_tail(&tenant->arenas, &(*ret)->node);
+	return 0;
+}

@@ -1,0 +1,135 @@
+/* The operator's tool against the real daemon: what it shows is what is, in text and in JSON. */
+#include <jansson.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/integration/kv.h"
+#include "tests/integration/process.h"
+#include "tests/support/daemon.h"
+#include "tests/support/runner.h"
+
+#define MIB (1024 * 1024)
+
+struct stage {
+	struct fixture fixture;
+	struct kvg_layout layout;
+	struct kvg_client *client;
+	struct kv kv;
+};
+
+static void stage_open(struct stage *s)
+{
+	struct kvg_policy policy = kv_policy(600, 0.3, 20);
+	char path[FIXTURE_PATH];
+
+	fixture_start(&s->fixture, "[pool]\ndevice.size = 32M\nextent_size = 256K\n[tenant search]\nsocket = "
+				   "search.sock\ndevice.max = 16M\n");
+	kv_small_layout(&s->layout, 2, 2048);
+	s->client = kv_connect(fixture_path(&s->fixture, "state/search.sock", path), "shown", &s->layout);
+	assert_non_null(s->client);
+	assert_int_equal(kv_create(&s->kv, s->client, &s->layout, &policy, 1), 0);
+	assert_int_equal(kv_feed(&s->kv, 601, 1), 0);
+	assert_int_equal(kv_evict(&s->kv, KVG_EVICT_PREFILL), 0);
+}
+
+static void stage_close(struct stage *s)
+{
+	assert_int_equal(kv_check(&s->kv), 0);
+	assert_int_equal(kv_free(&s->kv), 0);
+	s->client = kvg_close(s->client);
+	fixture_audit(&s->fixture);
+	fixture_stop(&s->fixture);
+}
+
+/* Runs kvgatectl with up to four words; returns its exit status. */
+static int ctl(const struct stage *s, int as_json, const char *const words[4], struct process_output *ret)
+{
+	char admin[FIXTURE_PATH];
+	const char *argv[10] = {KVG_BIN_CTL, "--socket", fixture_path(&s->fixture, "state/admin.sock", admin)};
+	size_t n = 3;
+
+	if (as_json)
+		argv[n++] = "--json";
+	for (size_t i = 0; i < 4 && words[i]; i++)
+		argv[n++] = words[i];
+	process_run(argv, FIXTURE_WAIT_MS, ret);
+	return ret->status;
+}
+
+static void test_every_listing_names_what_is_there(void **state)
+{
+	static const char *const listings[][2] = {{"status", "32.0 MiB"}, {"tenants", "search"}, {"workers", "shown"},
+		{"sequences", "search"}, {"audit", "search"}};
+	struct process_output output;
+	struct stage s;
+
+	(void)state;
+	stage_open(&s);
+	for (size_t i = 0; i < sizeof(listings) / sizeof(*listings); i++) {
+		const char *const words[4] = {listings[i][0]};
+		json_t *json;
+
+		assert_int_equal(ctl(&s, 0, words, &output), 0);
+		if (!strstr(output.out, listings[i][1]))
+			fail_msg("%s shows no \"%s\": %s", listings[i][0], listings[i][1], output.out);
+		assert_int_equal(ctl(&s, 1, words, &output), 0);
+		json = json_loads(output.out, 0, NULL);
+		if (!json)
+			fail_msg("%s: not JSON: %s", listings[i][0], output.out);
+		json_decref(json);
+	}
+	stage_close(&s);
+}
+
+static void test_a_budget_is_set_and_holds_at_once(void **state)
+{
+	static const char *const set[4] = {"budget", "set", "search", "device.max=8M"};
+	static const char *const get[4] = {"budget", "get", "search"};
+	struct fixture_usage usage;
+	struct process_output output;
+	struct stage s;
+
+	(void)state;
+	stage_open(&s);
+	assert_int_equal(ctl(&s, 0, set, &output), 0);
+	fixture_tenant(&s.fixture, "search", &usage);
+	assert_int_equal(usage.device_max, 8 * MIB);
+	assert_int_equal(ctl(&s, 0, get, &output), 0);
+	assert_non_null(strstr(output.out, "8.0 MiB"));
+	assert_int_equal(ctl(&s, 1, get, &output), 0);
+	assert_non_null(strstr(output.out, "8388608"));
+	stage_close(&s);
+}
+
+static void test_a_wrong_word_or_tenant_is_one_line(void **state)
+{
+	static const char *const wrong[][4] = {{"budget", "get", "nobody"},
+		{"budget", "set", "nobody", "device.max=1M"}, {"budget", "set", "search", "device.max=lots"},
+		{"dance"}};
+	static const char *const names[] = {"nobody", "nobody", "lots", "dance"};
+	struct process_output output;
+	struct stage s;
+
+	(void)state;
+	stage_open(&s);
+	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++) {
+		const char *end;
+
+		assert_in_range(ctl(&s, 0, wrong[i], &output), 1, 2);
+		end = strchr(output.err, '\n');
+		if (!end || end[1] != '\0' || !strstr(output.err, names[i]))
+			fail_msg("not one line with \"%s\": \"%s\"", names[i], output.err);
+	}
+	stage_close(&s);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_every_listing_names_what_is_there),
+		cmocka_unit_test(test_a_budget_is_set_and_holds_at_once),
+		cmocka_unit_test(test_a_wrong_word_or_tenant_is_one_line),
+	};
+
+	return runner_run("ctl", tests, sizeof(tests) / sizeof(*tests));
+}

@@ -1,0 +1,88 @@
+/*
+ * daemon.h - starts the real kvgated in a private folder for one test, and asks
+ * it questions on its admin socket.
+ *
+ * A fixture is started and stopped by the same test. Everything here fails the
+ * test by a CMocka assertion when something is not as it must be, so nothing is
+ * returned that a caller could forget to look at. The daemon dies with the test
+ * process. All waiting is on events, bounded by FIXTURE_WAIT_MS.
+ */
+#ifndef KVG_TEST_DAEMON_H
+#define KVG_TEST_DAEMON_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define FIXTURE_PATH    200
+#define FIXTURE_TEXT    1024
+#define FIXTURE_WAIT_MS 20000
+
+struct fixture {
+	char dir[FIXTURE_PATH]; /* private folder, mode 0700; removed by fixture_stop() */
+	pid_t pid;              /* of the daemon; 0: not running */
+	int notify;             /* the datagram socket that the daemon reports its readiness to */
+	uid_t uid;              /* of the daemon; 0: the test's own */
+};
+
+/* What the daemon says of itself, or of one tenant (then workers .. promised are the tenant's). Sizes in bytes. */
+struct fixture_usage {
+	uint64_t extent_size, pool_size, device_max;
+	uint64_t charged, promised, unreturned, overhead, high_water, refusals;
+	uint32_t extents, workers, sequences;
+};
+
+/* Makes the private folder and writes the configuration into it, and starts nothing. */
+void fixture_prepare(struct fixture *fixture, const char *config);
+
+/* Starts the daemon in a prepared folder and waits until it is ready. May follow fixture_end(). */
+void fixture_begin(struct fixture *fixture);
+
+/* Sends SIGTERM and waits: the daemon must say STOPPING=1 and exit with status 0. The folder stays. */
+void fixture_end(struct fixture *fixture);
+
+/* fixture_prepare() and fixture_begin(). Relative sockets of tenants lie in the state folder. */
+void fixture_start(struct fixture *fixture, const char *config);
+
+/* fixture_end() when the daemon runs; removes the folder. */
+void fixture_stop(struct fixture *fixture);
+
+/* Removes the folder of a fixture whose daemon does not run. */
+void fixture_remove(struct fixture *fixture);
+
+/* Path of a file in the folder: "kvgated.conf", "log", "state", "state/admin.sock", "state/NAME.sock". */
+const char *fixture_path(const struct fixture *fixture, const char *name, char ret[FIXTURE_PATH]);
+
+/* The daemon's program: of the build, or of the environment variable KVG_KVGATED. */
+const char *fixture_program(void);
+
+/* Last STATUS= text that the daemon sent; "" when none. */
+void fixture_status_text(const struct fixture *fixture, char *ret, size_t size);
+
+/* ---- the admin socket ---- */
+
+void fixture_usage(const struct fixture *fixture, struct fixture_usage *ret);
+void fixture_tenant(const struct fixture *fixture, const char *tenant, struct fixture_usage *ret);
+
+/* The audit must be clean, and its physical bytes must be those of fixture_physical() where that can be read. */
+void fixture_audit(const struct fixture *fixture);
+
+/* Sets a tenant's device.max: 0, or the negative errno of the refusal with its text (FIXTURE_TEXT bytes). */
+int fixture_budget_set(const struct fixture *fixture, const char *tenant, uint64_t device_max, char *text);
+
+/* Waits until at most `charged` bytes are charged and nothing is unreturned; true when that came within the limit. */
+bool fixture_wait_charged(const struct fixture *fixture, uint64_t charged, unsigned limit_ms);
+
+/* Waits until exactly that many workers are connected; fails after FIXTURE_WAIT_MS. */
+void fixture_wait_workers(const struct fixture *fixture, uint32_t workers);
+
+/* ---- from outside ---- */
+
+/* Sum of st_blocks of the extents that the daemon holds, in bytes, from its /proc/PID/fd. */
+uint64_t fixture_physical(const struct fixture *fixture);
+
+/* CLOCK_MONOTONIC in ms. */
+uint64_t fixture_now_ms(void);
+
+#endif

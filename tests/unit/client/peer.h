@@ -1,0 +1,94 @@
+/*
+ * peer.h - the other end of libkvgate for its unit tests: a thread that listens
+ * on a socket of its own, speaks the control protocol and serves the rings for
+ * one connection and one tiny layout. It has memory of its own, and lies where a
+ * test makes it.
+ *
+ * Layout: 2 layers, 2 heads of 8 (fp32), 4 sequences, rows of 8 blocks, so one
+ * extent of 8 KiB for each row: row r (layer * 2 + head) of slot s is the extent
+ * at arena slot 4 s + r. Besides them slot 16 + s is there for sequence s from
+ * each reserve to the next eviction, which also folds all tokens and keeps half.
+ */
+#ifndef KVG_TEST_PEER_H
+#define KVG_TEST_PEER_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "client/kvgate.h"
+#include "control.pb-c.h"
+#include "proto/frame.h"
+
+enum {
+	PEER_LAYERS = 2,
+	PEER_HEADS = 2,
+	PEER_DIM = 8,
+	PEER_HIDDEN = 32,
+	PEER_SEQUENCES = 4,
+	PEER_ROWS = PEER_LAYERS * PEER_HEADS,
+	PEER_ROW_CAP = 8,
+	PEER_STRIDE = 512,
+	PEER_EXTENT = 8192,
+	PEER_SLOTS = 20,
+	PEER_ENTRIES = 8,
+	PEER_STAGING_OFFSET = 64,
+	PEER_STAGING_ROWS = 1024, /* bytes */
+};
+
+struct peer {
+	char dir[32], path[64];
+	int listener, stop, kick; /* stop and kick: eventfds */
+	pthread_t thread;
+
+	/* The peer's thread owns these; a test may use them before connecting and after peer_stop(). */
+	int connection, doorbell, ring_fd, table_fd, staging_fd;
+	struct kvg_ring *ring;
+	struct kvg_table *table;
+	uint8_t *staging;
+	uint32_t sq_head, cq_tail, events, drop_event;
+	bool mapped[PEER_SLOTS];
+	int extent_fds[PEER_SLOTS];
+	struct kvg_cqe held[PEER_ENTRIES];
+	uint32_t held_count;
+
+	/* What it has seen. */
+	uint32_t acknowledged; /* last event of an UNMAPPED */
+	uint32_t stage_count;
+	uint64_t stage_offset[64];
+	uint32_t stage_rows[64];
+	uint8_t stage_sum[64]; /* of the rows' bytes */
+	char gate[16];         /* first bytes of the gate file */
+
+	/* Set before connecting; each may be NULL. */
+	void (*tamper_ring)(struct peer *peer);
+	void (*tamper_table)(struct peer *peer);
+	/* Before a reply to a request goes out. false: hang up instead. */
+	bool (*tamper_reply)(struct peer *peer, Kvg__WorkerReply *reply, unsigned *fd_count);
+	/* Before a completion is posted. false: hold it until peer_release(). */
+	bool (*tamper)(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe);
+	bool complete_before_events; /* post the completion of a RESERVE, then send its extents */
+	bool hang_up_on_nop;
+};
+
+/* Starts listening in a fresh folder. */
+struct peer *peer_new(void);
+void peer_start(struct peer *peer);
+
+/* Ends the thread (which hangs up); what it has seen can be looked at until peer_free(). */
+void peer_stop(struct peer *peer);
+void peer_free(struct peer *peer);
+
+/* Posts the completions held, of everything submitted before. */
+void peer_release(struct peer *peer);
+
+/* Sends a message outside of the protocol's order. */
+void peer_send(struct peer *peer, const Kvg__WorkerReply *reply, const int *fds, unsigned fd_count);
+
+/* The layout above. */
+struct kvg_layout peer_layout(void);
+
+/* Starts the peer, connects and registers; spin in microseconds. */
+struct kvg_client *peer_connect(struct peer *peer, uint32_t spin);
+
+#endif

@@ -1,0 +1,206 @@
+#include "tests/unit/tools/lm/fake_kvgate.h"
+
+#include <errno.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <cmocka.h>
+
+#define SEQ 0x100000000u
+
+static struct fake_kvgate fake;
+
+struct fake_kvgate *fake_kvgate_reset(void)
+{
+	assert_int_equal(fake.connected, 0);
+	fake = (struct fake_kvgate){0};
+	return &fake;
+}
+
+static struct kvg_client *handle(void)
+{
+	return (struct kvg_client *)(void *)&fake;
+}
+
+int kvg_connect(const char *socket_path, const char *name, struct kvg_client **ret, char *text, size_t text_size)
+{
+	assert_non_null(name);
+	if (strcmp(socket_path, "fake") != 0) {
+		(void)snprintf(text, text_size, "%s: no daemon there", socket_path);
+		return -ENOENT;
+	}
+	fake.connected++;
+	*ret = handle();
+	return 0;
+}
+
+struct kvg_client *kvg_close(struct kvg_client *client)
+{
+	if (!client)
+		return NULL;
+	memory_kv_deinit(&fake.kv);
+	fake.kv = (struct memory_kv){0};
+	fake.connected--;
+	fake.sequences = 0;
+	return NULL;
+}
+
+const char *kvg_error(const struct kvg_client *client)
+{
+	assert_ptr_equal(client, handle());
+	return "the fake was told to fail";
+}
+
+int kvg_register(struct kvg_client *client, const struct kvg_layout *layout, uint64_t staging_bytes)
+{
+	const struct kvg_group *g = &layout->groups[0];
+	struct lm_config config = {.hidden = layout->hidden_dim,
+		.layers = g->layers,
+		.kv_heads = g->head_count,
+		.heads = g->head_count * g->query_heads,
+		.head_dim = g->k_dim};
+
+	assert_ptr_equal(client, handle());
+	assert_true(staging_bytes >= (uint64_t)LM_SLAB_TOKENS * layout->hidden_dim * 2);
+	fake.layout = *layout;
+	memory_kv_init(&fake.kv, &config, layout->max_tokens);
+	return 0;
+}
+
+int kvg_load_gate(struct kvg_client *client, const char *path)
+{
+	(void)client;
+	assert_non_null(path);
+	fake.gates++;
+	return 0;
+}
+
+int kvg_create(struct kvg_client *client, const struct kvg_policy *policy, uint64_t *ret_seq)
+{
+	(void)client;
+	fake.creates++;
+	if (fake.fail_create)
+		return fake.fail_create;
+	assert_int_equal(fake.sequences, 0);
+	assert_true(policy->prefix_tokens + policy->context_tokens + policy->max_new_tokens <= fake.layout.max_tokens);
+	fake.sequences = 1;
+	fake.policy = *policy;
+	fake.reserved_pos = fake.committed_pos = fake.evicted_pos = 0;
+	*ret_seq = SEQ;
+	return 0;
+}
+
+int kvg_reserve(struct kvg_client *client, uint64_t seq, uint32_t tokens)
+{
+	const struct kvg_policy *p = &fake.policy;
+
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	assert_true(fake.committed_pos + tokens <= p->prefix_tokens + p->context_tokens + p->max_new_tokens);
+	if (fake.committed_pos + tokens > fake.reserved_pos)
+		fake.reserved_pos = fake.committed_pos + tokens;
+	return 0;
+}
+
+int kvg_commit(struct kvg_client *client, uint64_t seq, uint32_t tokens)
+{
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	fake.committed_pos += tokens;
+	assert_true(fake.committed_pos <= fake.reserved_pos);
+	return 0;
+}
+
+int kvg_stage_hidden(
+	struct kvg_client *client, uint64_t seq, uint32_t layer, uint32_t pos, uint32_t rows, const uint16_t *hidden)
+{
+	struct lm_kv calls = memory_kv_calls(&fake.kv);
+
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	if (fake.fail_stage)
+		return fake.fail_stage;
+	fake.stages++;
+	fake.staged_rows += rows;
+	return calls.stage(calls.user, layer, pos, rows, hidden);
+}
+
+int kvg_stage_wait(struct kvg_client *client)
+{
+	assert_ptr_equal(client, handle());
+	return 0;
+}
+
+int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg_evict_result *ret)
+{
+	(void)client;
+	(void)ret;
+	assert_int_equal(seq, SEQ);
+	assert_int_equal(mode, KVG_EVICT_PREFILL);
+	assert_int_equal(fake.policy.mode, KVG_MODE_CHUNKED);
+	if (fake.fail_evict)
+		return fake.fail_evict;
+	assert_in_range(fake.evictions, 0, 15);
+	fake.evicted_at[fake.evictions++] = fake.evicted_pos = fake.committed_pos;
+	return 0;
+}
+
+int kvg_truncate(struct kvg_client *client, uint64_t seq, uint32_t pos)
+{
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	assert_in_range(pos, fake.evicted_pos, fake.committed_pos);
+	fake.committed_pos = pos;
+	fake.truncates++;
+	return 0;
+}
+
+int kvg_free(struct kvg_client *client, uint64_t seq)
+{
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	assert_int_equal(fake.sequences, 1);
+	fake.sequences = 0;
+	return 0;
+}
+
+int kvg_query(struct kvg_client *client, uint64_t seq, struct kvg_sequence_info *ret)
+{
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	*ret = (struct kvg_sequence_info){.committed_pos = fake.committed_pos,
+		.pairs = (uint64_t)fake.committed_pos * fake.kv.config.layers * fake.kv.config.kv_heads};
+	return 0;
+}
+
+uint64_t kvg_mapped_bytes(const struct kvg_client *client)
+{
+	assert_ptr_equal(client, handle());
+	return 12345;
+}
+
+int kvg_append(const struct kvg_client *client, uint64_t seq, uint32_t layer, uint32_t head, uint32_t pos,
+	uint32_t count, const float *k, size_t k_stride, const float *v, size_t v_stride)
+{
+	struct lm_kv calls = memory_kv_calls(&fake.kv);
+
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	assert_int_equal(k_stride, v_stride);
+	if (pos < fake.evicted_pos || pos + count > fake.reserved_pos)
+		return -EINVAL;
+	return calls.append(calls.user, layer, head, pos, count, k, v, k_stride);
+}
+
+int kvg_attend(const struct kvg_client *client, uint64_t seq, uint32_t layer, uint32_t head, uint32_t pos,
+	uint32_t count, float scale, const float *q, size_t q_stride, float *out, size_t o_stride)
+{
+	struct lm_kv calls = memory_kv_calls(&fake.kv);
+
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	return calls.attend(calls.user, layer, head, pos, count, scale, q, q_stride, out, o_stride);
+}

@@ -1,0 +1,29 @@
+/*
+ * fake_kvgate.h - stands in for libkvgate in tests of kvgate-lm: one client, one sequence, KV in
+ * plain memory (memory_kv.h). It holds the worker to the rules of client/kvgate.h (a broken rule
+ * fails the test), counts calls, and fails on demand. An eviction drops nothing.
+ */
+#ifndef KVG_TEST_FAKE_KVGATE_H
+#define KVG_TEST_FAKE_KVGATE_H
+
+#include <stdint.h>
+
+#include "client/kvgate.h"
+#include "tests/unit/tools/lm/memory_kv.h"
+
+struct fake_kvgate {
+	struct memory_kv kv;
+	struct kvg_layout layout;
+	struct kvg_policy policy; /* of the last create */
+	int connected, sequences;
+	uint32_t reserved_pos, committed_pos, evicted_pos;
+	unsigned creates, evictions, truncates, stages, gates;
+	uint32_t evicted_at[16]; /* committed position at each eviction */
+	uint64_t staged_rows;
+	int fail_create, fail_stage, fail_evict; /* what that call returns, when not 0 */
+};
+
+/* The one there is; reset to nothing (nothing may be connected). */
+struct fake_kvgate *fake_kvgate_reset(void);
+
+#endif

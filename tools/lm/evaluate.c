@@ -1,0 +1,113 @@
+#include "tools/lm/evaluate.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "tools/lm/cleanup.h"
+#include "tools/lm/prompt.h"
+
+#define QUERY_TOKENS 2u /* LM_TOKEN_QUERY and LM_TOKEN_REPLY around the name */
+
+/* Tokens that the longest query takes with its answer. */
+static uint32_t query_room(const struct lm_needle *needle)
+{
+	uint32_t longest = 0;
+
+	for (size_t i = 0; i < needle->query_count; i++)
+		if (needle->queries[i].name.size > longest)
+			longest = needle->queries[i].name.size;
+	return longest + QUERY_TOKENS + LM_CODE_MAX;
+}
+
+int lm_evaluate_size(const struct lm_needles *needles, const char *path, const struct lm_config *config,
+	uint32_t *ret_tokens, char *text)
+{
+	uint32_t most = 0;
+
+	for (size_t i = 0; i < needles->count; i++) {
+		const struct lm_needle *needle = &needles->list[i];
+		uint32_t tokens = 1 + needle->context.size + query_room(needle);
+
+		if (tokens > config->max_positions)
+			return lm_fail(text, -EINVAL,
+				"%s:%u: context of %u tokens with query and answer needs %u positions, the model has "
+				"max_position_embeddings %u",
+				path, needle->line, needle->context.size, tokens, config->max_positions);
+		if (tokens > most)
+			most = tokens;
+	}
+	*ret_tokens = most;
+	return 0;
+}
+
+static int answer(struct lm_worker *worker, const struct lm_query *query, bool *ret_correct, char *text)
+{
+	_cleanup_free_ int32_t *prompt = lm_prompt_query(query->name.data, query->name.size);
+	int32_t tokens[LM_CODE_MAX];
+	uint32_t size = query->name.size + QUERY_TOKENS, count = 0;
+	int e;
+
+	if (!prompt)
+		return lm_fail(text, -ENOMEM, "out of memory");
+	e = lm_worker_reserve(worker, size + LM_CODE_MAX, text);
+	if (e == 0)
+		e = lm_worker_feed(worker, prompt, size, text);
+	if (e == 0)
+		e = lm_worker_generate(worker, tokens, LM_CODE_MAX, &count, text);
+	if (e == 0)
+		e = lm_worker_rewind(worker, text);
+	if (e == 0)
+		*ret_correct = lm_prompt_matches(tokens, count, query->code.data, query->code.size);
+	return e;
+}
+
+static int run_context(struct lm_worker *worker, const struct lm_needle *needle, struct lm_report *report, char *text)
+{
+	_cleanup_free_ int32_t *prompt = lm_prompt_context(needle->context.data, needle->context.size);
+	struct lm_usage usage;
+	int e;
+
+	if (!prompt)
+		return lm_fail(text, -ENOMEM, "out of memory");
+	e = lm_worker_prefill(worker, prompt, needle->context.size + 1, NULL, NULL, text);
+	if (e == 0)
+		e = lm_worker_usage(worker, &usage, text);
+	if (e < 0)
+		return e;
+	report->contexts++;
+	report->usage.bytes_full += usage.bytes_full;
+	report->usage.bytes_held += usage.bytes_held;
+	report->usage.bytes_physical += usage.bytes_physical;
+	for (size_t i = 0; i < needle->query_count; i++) {
+		bool correct = false;
+
+		e = answer(worker, &needle->queries[i], &correct, text);
+		if (e < 0)
+			return e;
+		report->queries++;
+		report->correct += correct;
+	}
+	return 0;
+}
+
+int lm_evaluate(struct lm_worker *worker, const struct lm_options *options, const struct lm_needles *needles,
+	struct lm_report *ret, char *text)
+{
+	struct lm_report report = {0};
+
+	for (size_t i = 0; i < needles->count; i++) {
+		const struct lm_needle *needle = &needles->list[i];
+		struct kvg_policy policy = lm_options_policy(options, needle->context.size, query_room(needle));
+		int e = lm_worker_begin(worker, &policy, text);
+
+		if (e == 0)
+			e = run_context(worker, needle, &report, text);
+		if (e == 0)
+			e = lm_worker_end(worker, text);
+		if (e < 0)
+			return e;
+	}
+	report.times = *lm_worker_times(worker);
+	*ret = report;
+	return 0;
+}

@@ -1,0 +1,18 @@
+/* report.h - what an evaluation found, as text for people or as one JSON object for programs. */
+#ifndef KVG_LM_REPORT_H
+#define KVG_LM_REPORT_H
+
+#include "tools/lm/options.h"
+#include "tools/lm/worker.h"
+
+struct lm_report {
+	uint64_t contexts, queries, correct;
+	struct lm_usage usage; /* sums over contexts, taken right after prefill and its evictions */
+	struct lm_times times;
+};
+
+/* One JSON object, one line. 0 or -ENOMEM, -EIO. */
+int lm_report_json(const struct lm_report *report, const struct lm_options *options, FILE *out);
+void lm_report_text(const struct lm_report *report, const struct lm_options *options, FILE *out);
+
+#endif

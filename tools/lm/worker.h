@@ -1,0 +1,84 @@
+/*
+ * worker.h - one model at work on one connection to kvgated: prefill in chunks with an
+ * eviction after each, greedy decoding, and back again.
+ *
+ * One sequence at a time: begin -> prefill -> { feed, generate, rewind } ... -> end.
+ * KV is only ever in the daemon's memory. Every call returns 0 or a negative errno
+ * with text (LM_TEXT bytes), which after -EPIPE says that the daemon is gone.
+ */
+#ifndef KVG_LM_WORKER_H
+#define KVG_LM_WORKER_H
+
+#include <stdbool.h>
+
+#include "client/kvgate.h"
+#include "tools/lm/model.h"
+
+#define LM_TOKEN_BOS   256
+#define LM_TOKEN_END   257
+#define LM_TOKEN_QUERY 258
+#define LM_TOKEN_REPLY 259
+#define LM_TOKENS      261 /* least vocabulary: bytes and the pilot's special tokens */
+
+struct lm_worker_setup {
+	const char *socket;
+	const char *gate;       /* safetensors file; NULL: none */
+	const char *model_name; /* for the daemon's reports */
+	struct lm_model *model; /* borrowed */
+	uint32_t kv_dtype;      /* enum kvg_dtype */
+	uint32_t max_tokens;    /* of one sequence */
+	uint32_t chunk_tokens;  /* most tokens of a prefill chunk */
+};
+
+/* Sums over all sequences. */
+struct lm_times {
+	uint64_t prefill_ns;                  /* all of prefill, with the next three */
+	uint64_t stage_ns, wait_ns, evict_ns; /* handing over hidden states; waiting for scores; evicting */
+	uint64_t decode_ns;
+	uint64_t prefill_tokens, decode_tokens; /* a decode token is one step of one token */
+};
+
+struct lm_usage {
+	uint64_t bytes_full;     /* KV of all tokens so far */
+	uint64_t bytes_held;     /* KV of the pairs that are held */
+	uint64_t bytes_physical; /* of the extents that the tenant is charged for this worker */
+};
+
+struct lm_worker;
+
+int lm_worker_open(const struct lm_worker_setup *setup, struct lm_worker **ret, char *text);
+struct lm_worker *lm_worker_close(struct lm_worker *worker); /* NULL is fine; returns NULL */
+
+/* Creates the sequence; its whole need is admitted here or refused. */
+int lm_worker_begin(struct lm_worker *worker, const struct kvg_policy *policy, char *text);
+int lm_worker_end(struct lm_worker *worker, char *text);
+
+/*
+ * Called after each chunk of a prefill, before its eviction: tokens pos .. pos + count - 1 have
+ * run, row t of the model's logits is token pos + t.
+ */
+typedef int (*lm_worker_chunk_cb)(void *user, uint32_t pos, uint32_t count);
+
+/* Runs the prompt's tokens chunk by chunk, evicting after each by the policy. cb may be NULL. */
+int lm_worker_prefill(
+	struct lm_worker *worker, const int32_t *tokens, uint32_t count, lm_worker_chunk_cb cb, void *user, char *text);
+
+/* Makes room for `tokens` tokens to come. */
+int lm_worker_reserve(struct lm_worker *worker, uint32_t tokens, char *text);
+
+/* Runs tokens after those so far, within the room reserved, without eviction. */
+int lm_worker_feed(struct lm_worker *worker, const int32_t *tokens, uint32_t count, char *text);
+
+/*
+ * Greedy tokens after the last one run, up to and with LM_TOKEN_END or `limit` (> 0). The last is
+ * not run itself. *ret_count is their number.
+ */
+int lm_worker_generate(struct lm_worker *worker, int32_t *tokens, uint32_t limit, uint32_t *ret_count, char *text);
+
+/* Forgets all tokens since the prefill. */
+int lm_worker_rewind(struct lm_worker *worker, char *text);
+
+int lm_worker_usage(struct lm_worker *worker, struct lm_usage *ret, char *text);
+const struct lm_times *lm_worker_times(const struct lm_worker *worker);
+
+#endif
