@@ -154,40 +154,51 @@ struct kvg_client *kvg_close(struct kvg_client *client)
 	return NULL;
 }
 
-/* Groups that one table holds: equal but for their number of layers. */
-static int check_layout(struct kvg_client *client, const struct kvg_layout *layout, struct model *ret)
+static struct model model_of(const struct kvg_layout *layout)
 {
-	const struct kvg_group *first = &layout->groups[0];
-	struct model model = {
-		.heads = first->head_count,
-		.query_heads = first->query_heads,
+	const struct kvg_group *group = &layout->groups[0];
+
+	return (struct model){
+		.heads = group->head_count,
+		.query_heads = group->query_heads,
 		.hidden_dim = layout->hidden_dim,
-		.k_dim = first->k_dim,
-		.v_dim = first->v_dim,
-		.k_dtype = first->k_dtype,
-		.v_dtype = first->v_dtype,
+		.k_dim = group->k_dim,
+		.v_dim = group->v_dim,
+		.k_dtype = group->k_dtype,
+		.v_dtype = group->v_dtype,
 		.max_sequences = layout->max_sequences,
 		.max_tokens = layout->max_tokens,
 	};
+}
 
-	if (!layout->group_count || layout->group_count > KVG_MAX_GROUPS)
-		return client_fail(
-			client, -EINVAL, "layout has %u groups, outside 1 to %u", layout->group_count, KVG_MAX_GROUPS);
-	if (strnlen(layout->model, sizeof(layout->model)) == sizeof(layout->model))
-		return client_fail(client, -EINVAL, "layout: its model's name does not end within %zu bytes",
-			sizeof(layout->model));
+/* One table holds groups that are equal but for their number of layers; all of these are the model's. */
+static int count_layers(struct kvg_client *client, const struct kvg_layout *layout, struct model *model)
+{
 	for (uint32_t i = 0; i < layout->group_count; i++) {
 		const struct kvg_group *group = &layout->groups[i];
 
-		if (group->head_count != first->head_count || group->query_heads != first->query_heads ||
-			group->k_dim != first->k_dim || group->v_dim != first->v_dim ||
-			group->k_dtype != first->k_dtype || group->v_dtype != first->v_dtype)
+		if (group->head_count != model->heads || group->query_heads != model->query_heads ||
+			group->k_dim != model->k_dim || group->v_dim != model->v_dim ||
+			group->k_dtype != model->k_dtype || group->v_dtype != model->v_dtype)
 			return client_fail(client, -EOPNOTSUPP,
 				"layout: group %u differs from group 0 in heads, size or dtype", i);
-		if (__builtin_add_overflow(model.layers, group->layers, &model.layers))
+		if (__builtin_add_overflow(model->layers, group->layers, &model->layers))
 			return client_fail(client, -EINVAL, "layout: group %u has %u layers", i, group->layers);
 	}
-	*ret = model;
+	return 0;
+}
+
+/* What must hold before the layout can be put into words; its values are for the daemon to judge. */
+static int check_layout(struct kvg_client *client, const struct kvg_layout *layout)
+{
+	if (!layout->group_count || layout->group_count > KVG_MAX_GROUPS)
+		return client_fail(
+			client, -EINVAL, "layout has %u groups, outside 1 to %u", layout->group_count, KVG_MAX_GROUPS);
+	if (!layout->max_sequences)
+		return client_fail(client, -EINVAL, "layout has 0 sequences");
+	if (strnlen(layout->model, sizeof(layout->model)) == sizeof(layout->model))
+		return client_fail(client, -EINVAL, "layout: its model's name does not end within %zu bytes",
+			sizeof(layout->model));
 	return 0;
 }
 
@@ -288,7 +299,7 @@ static int take_registered(struct kvg_client *client, struct model *model)
 
 int kvg_register(struct kvg_client *client, const struct kvg_layout *layout, uint64_t staging_bytes)
 {
-	struct model model;
+	struct model model = model_of(layout);
 	int r = client_check(client);
 
 	if (r < 0)
@@ -296,7 +307,9 @@ int kvg_register(struct kvg_client *client, const struct kvg_layout *layout, uin
 	if (client->registered)
 		return client_fail(client, -EALREADY, "layout %.*s: this connection has one already",
 			(int)sizeof(layout->model), layout->model);
-	r = check_layout(client, layout, &model);
+	r = check_layout(client, layout);
+	if (r == 0)
+		r = count_layers(client, layout, &model);
 	if (r == 0)
 		r = request_registration(client, layout, staging_bytes);
 	if (r < 0)

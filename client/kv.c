@@ -98,7 +98,7 @@ int kvg_append(const struct kvg_client *client, uint64_t seq, uint32_t layer, ui
 	struct span span;
 	int r = find_span(client, seq, layer, head, pos, count, &span);
 
-	if (r < 0 || !count)
+	if (r || !count)
 		return r;
 	if (!blocks_mapped(client, span.row.ids, span.first / KVG_BLOCK_TOKENS, block_end(span.end)))
 		return -EPROTO;
@@ -115,7 +115,7 @@ int kvg_attend(const struct kvg_client *client, uint64_t seq, uint32_t layer, ui
 	size_t size;
 	int r = find_span(client, seq, layer, head, pos, count, &span);
 
-	if (r < 0 || !count)
+	if (r || !count)
 		return r;
 	if (!blocks_mapped(client, span.row.ids, 0, block_end(span.end)))
 		return -EPROTO;

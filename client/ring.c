@@ -94,17 +94,17 @@ void ring_submit(struct ring *ring, const struct kvg_sqe *entry)
 
 	ring->sq[ring->sq_tail & ring->sq_mask] = *entry;
 	ring->outstanding++;
-	__atomic_store_n(&ring->shared->sq_tail, ++ring->sq_tail, __ATOMIC_RELEASE);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	/* Sequentially consistent, both: the daemon either sees the tail or has set need_wakeup before we look. */
+	(void)__atomic_exchange_n(&ring->shared->sq_tail, ++ring->sq_tail, __ATOMIC_SEQ_CST);
 	/* A full counter means that the daemon has been told already. */
-	if (__atomic_load_n(&ring->shared->need_wakeup, __ATOMIC_RELAXED) &&
+	if (__atomic_load_n(&ring->shared->need_wakeup, __ATOMIC_SEQ_CST) &&
 		write(ring->doorbell, &one, sizeof(one)) < 0)
 		return;
 }
 
 int ring_peek(const struct ring *ring, const struct kvg_cqe **ret)
 {
-	uint32_t ready = __atomic_load_n(&ring->shared->cq_tail, __ATOMIC_ACQUIRE) - ring->cq_head;
+	uint32_t ready = __atomic_load_n(&ring->shared->cq_tail, __ATOMIC_SEQ_CST) - ring->cq_head;
 
 	if (!ready)
 		return 0;
@@ -136,7 +136,5 @@ uint32_t ring_events(const struct ring *ring)
 
 void ring_set_sleeping(struct ring *ring, bool sleeping)
 {
-	__atomic_store_n(&ring->shared->sleeping, sleeping, __ATOMIC_RELAXED);
-	if (sleeping)
-		__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	(void)__atomic_exchange_n(&ring->shared->sleeping, sleeping, __ATOMIC_SEQ_CST);
 }

@@ -50,7 +50,7 @@ void ring_advance(struct ring *ring);
 /* Control events that the daemon says it has sent. */
 uint32_t ring_events(const struct ring *ring);
 
-/* Announces that the worker is about to sleep (with the full fence) or has woken. */
+/* Announces that the worker is about to sleep, in one total order with ring_peek()'s look, or has woken. */
 void ring_set_sleeping(struct ring *ring, bool sleeping);
 
 #endif

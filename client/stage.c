@@ -53,12 +53,13 @@ static int stage_piece(struct kvg_client *client, const struct rows *rows, const
 	sqe.stage.offset = offset;
 	piece = staging_take(&client->staging, bytes, offset);
 	client->stage_count++;
-	while ((r = client_submit(client, ENTRY_STAGE, &sqe, 0, piece)) == -EAGAIN) {
+	do {
+		r = client_submit(client, ENTRY_STAGE, &sqe, 0, piece);
+		if (r == 0)
+			return 0;
 		r = client_wait(client);
-		if (r < 0)
-			return r;
-	}
-	return 0;
+	} while (r == 0);
+	return r;
 }
 
 /* Rows larger than the area go in pieces. */

@@ -1,10 +1,10 @@
 /* kvgated: owns the KV-cache memory of inference workers. */
+#include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include <cblas.h>
+#include <unistd.h>
 
 #include "daemon/base/log.h"
 #include "daemon/daemon.h"
@@ -19,6 +19,22 @@ static const char usage[] = "Usage: kvgated --config FILE [--socket PATH] [--sta
 			    "  --state-dir DIR  lock, relative socket paths, admin.sock (default /run/kvgate)\n"
 			    "  --version        print the version\n"
 			    "  --help           print this\n";
+
+/*
+ * The BLAS library starts threads before main() as the environment says, and their signal masks are not ours:
+ * a SIGTERM that one of them takes ends the process on the spot. The executor is one thread by design, so
+ * we start again with an environment that asks for no others.
+ */
+static void start_without_blas_threads(char **argv)
+{
+	const char *threads = getenv("OPENBLAS_NUM_THREADS");
+
+	if (threads && strcmp(threads, "1") == 0)
+		return;
+	if (setenv("OPENBLAS_NUM_THREADS", "1", 1) == 0)
+		(void)execv("/proc/self/exe", argv);
+	log_warning("cannot start without BLAS threads: %s", strerror(errno));
+}
 
 int main(int argc, char **argv)
 {
@@ -36,6 +52,7 @@ int main(int argc, char **argv)
 	char text[CONFIG_TEXT];
 	int option, status;
 
+	start_without_blas_threads(argv);
 	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
 		if (option == 'c') {
 			path = optarg;
@@ -58,7 +75,6 @@ int main(int argc, char **argv)
 		log_error("%s", text);
 		return EXIT_FAILURE;
 	}
-	openblas_set_num_threads(1); /* the executor is one thread by design */
 	status = daemon_run(&config, &daemon);
 	config_deinit(&config);
 	return status;

@@ -33,25 +33,33 @@ static int fail(const struct reader *reader, const char *name, const char *forma
 	return -EINVAL;
 }
 
-static int find(const struct reader *reader, const char *name, unsigned rank, const struct kvg_tensor **ret)
+/* The tensor with every dimension in range, or NULL with a message. */
+static const struct kvg_tensor *find(const struct reader *reader, const char *name, unsigned rank)
 {
 	char full[NAME_MAX_BYTES];
 	const struct kvg_tensor *tensor;
 	int n = snprintf(full, sizeof(full), "%s%s", reader->prefix, name);
 
-	if (n < 0 || (size_t)n >= sizeof(full))
-		return fail(reader, name, "has a name of more than %d bytes", NAME_MAX_BYTES - 1);
+	if (n < 0 || (size_t)n >= sizeof(full)) {
+		(void)fail(reader, name, "has a name of more than %d bytes", NAME_MAX_BYTES - 1);
+		return NULL;
+	}
 	tensor = kvg_safetensors_find(reader->file, full);
-	if (!tensor)
-		return fail(reader, name, "is missing");
-	if (tensor->rank != rank)
-		return fail(reader, name, "has %u dimensions, not %u", tensor->rank, rank);
+	if (!tensor) {
+		(void)fail(reader, name, "is missing");
+		return NULL;
+	}
+	if (tensor->rank != rank) {
+		(void)fail(reader, name, "has %u dimensions, not %u", tensor->rank, rank);
+		return NULL;
+	}
 	for (unsigned i = 0; i < rank; i++)
-		if (!tensor->shape[i] || tensor->shape[i] > DIM_MAX)
-			return fail(reader, name, "has dimension %u of %llu, outside 1 to %u", i,
+		if (!tensor->shape[i] || tensor->shape[i] > DIM_MAX) {
+			(void)fail(reader, name, "has dimension %u of %llu, outside 1 to %u", i,
 				(unsigned long long)tensor->shape[i], DIM_MAX);
-	*ret = tensor;
-	return 0;
+			return NULL;
+		}
+	return tensor;
 }
 
 static float from_bits(uint32_t bits)
@@ -111,12 +119,11 @@ static int convert(const struct kvg_tensor *tensor, float *out)
 /* Reads one tensor whose shape must be exactly dims[rank]. */
 static int read_tensor(const struct reader *reader, const char *name, unsigned rank, const uint64_t *dims, float **ret)
 {
-	const struct kvg_tensor *tensor = NULL;
+	const struct kvg_tensor *tensor = find(reader, name, rank);
 	float *values;
-	int r = find(reader, name, rank, &tensor);
 
-	if (r < 0)
-		return r;
+	if (!tensor)
+		return -EINVAL;
 	for (unsigned i = 0; i < rank; i++)
 		if (tensor->shape[i] != dims[i])
 			return fail(reader, name, "has dimension %u of %llu, where the other tensors want %llu", i,
@@ -137,15 +144,11 @@ static int read_tensor(const struct reader *reader, const char *name, unsigned r
 /* H, S and d from k_base, G from b, D from k_proj; every other dimension must then agree. */
 static int read_shape(const struct reader *reader, struct kvg_gate_shape *ret)
 {
-	const struct kvg_tensor *k_base = NULL, *b = NULL, *wk = NULL;
-	int r = find(reader, "k_base", 4, &k_base);
+	const struct kvg_tensor *k_base, *b, *wk;
 
-	if (r == 0)
-		r = find(reader, "b", 3, &b);
-	if (r == 0)
-		r = find(reader, "k_proj.weight", 2, &wk);
-	if (r < 0)
-		return r;
+	if (!(k_base = find(reader, "k_base", 4)) || !(b = find(reader, "b", 3)) ||
+		!(wk = find(reader, "k_proj.weight", 2)))
+		return -EINVAL;
 	*ret = (struct kvg_gate_shape){
 		.heads = (uint32_t)k_base->shape[0],
 		.group = (uint32_t)b->shape[2],

@@ -279,8 +279,9 @@ static int load_bytes(const struct context *ctx, int fd, struct kvg_safetensors 
 	return read_all(ctx, fd, file->bytes, file->size);
 }
 
-/* Checks the file's size and its header's before anything is allocated for it. */
-static int check_sizes(const struct context *ctx, int fd, uint64_t *ret_size, uint64_t *ret_header)
+/* Checks the file's size and its header's before anything is allocated for it. The size, never 0, or a negative errno.
+ */
+static int64_t check_sizes(const struct context *ctx, int fd, uint64_t *ret_header)
 {
 	uint8_t prefix[PREFIX];
 	uint64_t header = 0;
@@ -305,24 +306,24 @@ static int check_sizes(const struct context *ctx, int fd, uint64_t *ret_size, ui
 	if (header > (uint64_t)st.st_size - PREFIX)
 		return fail(ctx, -EINVAL, "header length %llu goes beyond the file's %lld bytes",
 			(unsigned long long)header, (long long)st.st_size);
-	*ret_size = (uint64_t)st.st_size;
 	*ret_header = header;
-	return 0;
+	return st.st_size;
 }
 
 int kvg_safetensors_open_fd(int fd, const char *name, struct kvg_safetensors **ret, char *text, size_t text_size)
 {
 	const struct context ctx = {.name = name, .text = text, .text_size = text_size};
 	struct kvg_safetensors *file;
-	uint64_t size = 0, header = 0;
-	int r = check_sizes(&ctx, fd, &size, &header);
+	uint64_t header = 0;
+	int64_t size = check_sizes(&ctx, fd, &header);
+	int r;
 
-	if (r < 0)
-		return r;
+	if (size <= 0)
+		return (int)size;
 	file = calloc(1, sizeof(*file));
 	if (!file)
 		return fail(&ctx, -ENOMEM, "no memory");
-	file->size = size;
+	file->size = (uint64_t)size;
 	r = load_bytes(&ctx, fd, file);
 	if (r == 0)
 		r = parse_header(&ctx, file, header);

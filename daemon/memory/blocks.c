@@ -13,6 +13,7 @@ void block_space_init(struct block_space *space, struct pool *pool, struct arena
 {
 	*space = (struct block_space){.arena = arena, .pool = pool};
 	block_owner_init(&space->shared, 0);
+	block_owner_init(&space->closed, 0);
 	list_init(&space->extents);
 	list_init(&space->spare);
 }
@@ -220,6 +221,22 @@ void blocks_take_anywhere(struct block_space *space, struct block_owner *owner, 
 	for (struct list *node = space->extents.next; node != &space->extents && taken < count; node = node->next)
 		taken += take_from(space, list_entry(node, struct extent, node), false, count - taken, ids + taken);
 	assert(taken == count);
+}
+
+void blocks_take_open(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids)
+{
+	uint64_t taken = take_open(space, owner, META_HELD, count, ids);
+
+	taken += take_open(space, &space->shared, META_HELD, count - taken, ids + taken);
+	assert(taken == count);
+}
+
+void blocks_close_extent(struct block_space *space, struct extent *extent)
+{
+	unsigned generation = extent->meta->generation;
+
+	clear_owner(extent);
+	set_owner(extent, &space->closed, generation);
 }
 
 static void give(struct block_space *space, uint32_t id, uint8_t mask)

@@ -27,8 +27,9 @@ struct block_space {
 	struct arena *arena; /* borrowed */
 	struct pool *pool;   /* borrowed */
 	struct block_owner shared;
-	struct list extents; /* with blocks in use */
-	struct list spare;   /* without */
+	struct block_owner closed; /* extents that are being emptied: nothing is taken from them */
+	struct list extents;       /* with blocks in use */
+	struct list spare;         /* without */
 	uint32_t extent_count, spare_count;
 	uint64_t used_blocks;
 };
@@ -59,6 +60,12 @@ uint64_t blocks_free_anywhere(const struct block_space *space);
 
 /* Takes single blocks from any extent: the way out when no extent can be had. blocks_free_anywhere() >= count. */
 void blocks_take_anywhere(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids);
+
+/* Takes blocks that already open held extents have free, the owner's first. There are that many. */
+void blocks_take_open(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids);
+
+/* Nothing is taken from the extent any more; it joins the spare list with its last block. */
+void blocks_close_extent(struct block_space *space, struct extent *extent);
 
 void blocks_give(struct block_space *space, uint32_t id);
 void blocks_give_run(struct block_space *space, uint32_t id);

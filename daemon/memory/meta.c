@@ -133,8 +133,9 @@ static void plan_part(struct meta_worker *worker, const struct kvg_layout *layou
 	worker->scored_offset = take(&offset, n * worker->layers * sizeof(uint32_t));
 	worker->held_offset = take(&offset, n * rows * row_cap * sizeof(uint32_t));
 	worker->runs_offset = take(&offset, n * worker->stripe_cap * rows * sizeof(uint32_t));
-	worker->redo_offset = take(&offset, sizeof(struct meta_redo) + rows * sizeof(struct meta_redo_row) +
-						    worker->move_cap * sizeof(struct meta_move));
+	worker->redo_offset =
+		take(&offset, sizeof(struct meta_redo) + rows * sizeof(struct meta_redo_row) +
+				      worker->move_cap * (sizeof(struct meta_move) + sizeof(struct meta_relocation)));
 	worker->size = offset;
 }
 
@@ -183,6 +184,7 @@ static void point_part(struct meta_part *part)
 	part->redo = (void *)(base + worker->redo_offset);
 	part->redo_rows = (void *)(part->redo + 1);
 	part->moves = (void *)(part->redo_rows + rows);
+	part->relocations = (void *)(part->moves + worker->move_cap);
 }
 
 static struct meta_worker *free_worker(struct meta *meta)

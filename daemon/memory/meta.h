@@ -30,6 +30,7 @@
 enum meta_extent_state { META_EMPTY = 0, META_BORN = 1, META_LIVE = 2, META_DROPPED = 3, META_DYING = 4 };
 enum meta_generation { META_NURSERY = 0, META_HELD = 1 };
 enum meta_redo_state { META_REDO_NONE = 0, META_REDO_PLANNED = 1, META_REDO_MOVED = 2 };
+enum meta_redo_kind { META_REDO_PACK = 0, META_REDO_RELOCATE = 1 };
 
 struct meta_header {
 	uint64_t magic;
@@ -62,7 +63,8 @@ struct meta_worker {
 	uint64_t scored_offset; /* uint32 [max_sequences][layers]: positions below are scored */
 	uint64_t held_offset;   /* uint32 block ids [max_sequences][R][row_cap] */
 	uint64_t runs_offset;   /* uint32 first block ids [max_sequences][stripe_cap][R] */
-	uint64_t redo_offset;   /* struct meta_redo, then struct meta_redo_row [R], then struct meta_move [move_cap] */
+	uint64_t
+		redo_offset; /* struct meta_redo, meta_redo_row [R], meta_move [move_cap], meta_relocation [move_cap] */
 	char name[META_NAME];
 	struct kvg_layout layout;
 };
@@ -116,11 +118,17 @@ struct meta_redo {
 	uint32_t stripe_first; /* after publishing */
 	uint32_t row_begin, row_end;
 	uint32_t move_count;
-	uint32_t reserved[10];
+	uint32_t kind; /* enum meta_redo_kind */
+	uint32_t reserved[9];
 };
 
 struct meta_redo_row {
 	uint32_t held_len, held_blocks; /* after publishing */
+};
+
+/* RELOCATE: move i takes a whole block, and held[row][index] names its destination afterwards. */
+struct meta_relocation {
+	uint32_t row, index;
 };
 
 /* The same layout as struct kvg_move in kernels/host/move.h. */
@@ -147,6 +155,7 @@ struct meta_part {
 	struct meta_redo *redo;
 	struct meta_redo_row *redo_rows;
 	struct meta_move *moves;
+	struct meta_relocation *relocations;
 };
 
 /* A new metadata memfd. 0 or a negative errno. */

@@ -58,7 +58,8 @@ struct extent {
 	uint64_t refund_seq; /* sequence handle whose promise the refund may become, or 0 */
 	uint32_t index;
 	uint32_t free_runs;
-	uint32_t hint; /* byte of the bitmap to look at first */
+	uint32_t hint;    /* byte of the bitmap to look at first */
+	uint32_t counted; /* blocks of the sequence that an eviction looks at; 0 outside of that */
 	int fd;
 };
 

@@ -133,6 +133,21 @@ static uint64_t see_stripes(const struct sequence_walk *at)
 	return (uint64_t)(at->seq->stripes - at->seq->stripe_first) * rows * KVG_RUN_BLOCKS;
 }
 
+/* Blocks that a relocation under way has taken and not yet put in a row. */
+static uint64_t see_relocation(const struct sequence_walk *at)
+{
+	const struct meta_worker *worker = &at->walk->workers[at->worker];
+	const struct meta_redo *redo = (const void *)(at->walk->base + worker->redo_offset);
+	const struct meta_redo_row *rows = (const void *)(redo + 1);
+	const struct meta_move *moves = (const void *)(rows + (size_t)worker->layers * worker->heads);
+
+	if (redo->state == META_REDO_NONE || redo->kind != META_REDO_RELOCATE || redo->seq != at->slot)
+		return 0;
+	for (uint32_t i = 0; i < redo->move_count; i++)
+		see_block(at->walk, at->worker, at->ids_per_extent, moves[i].dst);
+	return redo->move_count;
+}
+
 static void see_sequence(const struct sequence_walk *at)
 {
 	const struct meta_worker *worker = &at->walk->workers[at->worker];
@@ -145,7 +160,7 @@ static void see_sequence(const struct sequence_walk *at)
 			worker->stripe_cap);
 		return;
 	}
-	blocks = see_stripes(at);
+	blocks = see_stripes(at) + see_relocation(at);
 	for (uint32_t row = 0; row < worker->layers * worker->heads; row++)
 		blocks += see_row(at, row, &pairs);
 	expect(at->walk, object, "blocks", blocks, at->seq->blocks);

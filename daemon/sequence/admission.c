@@ -91,7 +91,8 @@ int admission_check(const struct kvg_policy *policy, uint32_t max_tokens, char *
 		(void)snprintf(text, size, "policy: mode %u, known are 0 to %d", policy->mode, KVG_MODE_THRESHOLD);
 	else if (policy->level > KVG_LEVEL_ADAKV_LAYER)
 		(void)snprintf(text, size, "policy: level %u, known are 0 to %d", policy->level, KVG_LEVEL_ADAKV_LAYER);
-	else if (policy->mode != KVG_MODE_OFF && !(policy->ratio > 0 && policy->ratio <= 1))
+	else if (policy->mode != KVG_MODE_OFF && policy->mode != KVG_MODE_THRESHOLD &&
+		 !(policy->ratio > 0 && policy->ratio <= 1))
 		(void)snprintf(text, size, "policy: ratio %g, must be above 0 and at most 1", policy->ratio);
 	else if (!isfinite(policy->threshold))
 		(void)snprintf(text, size, "policy: threshold %g is not a number", (double)policy->threshold);

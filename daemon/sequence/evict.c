@@ -167,7 +167,10 @@ static void step(struct request *request)
 	bool anywhere;
 
 	if (!evict_has_step(sequence, evict)) {
-		end(request);
+		if (evict_plan_relocation(sequence))
+			space_submit_job(request, move_run, move_done);
+		else
+			end(request);
 		return;
 	}
 	need = evict_step_blocks(sequence, evict);

@@ -8,6 +8,7 @@
  *     PLAN    (reactor)  survivors get places: holes of held blocks first, then new held blocks; the redo record
  *     MOVE    (executor) copies K, V and places
  *     PUBLISH (reactor) rows take the new blocks, the stripe's runs are free
+ *   then RELOCATE steps of the same form, when whole extents can be emptied
  *   END    (reactor)   fold: everything that is left is held, the nursery is empty
  *
  * Room: moving stripe by stripe needs at most 9 blocks a row beyond what earlier stripes freed
@@ -58,6 +59,12 @@ uint64_t evict_step_blocks(const struct sequence *sequence, const struct evict *
 
 /* PLAN: fills the redo record. ids: the blocks that evict_step_blocks() asked for, already taken. */
 void evict_plan(struct sequence *sequence, struct evict *evict, const uint32_t *ids);
+
+/*
+ * RELOCATE: whole blocks leave sparse extents that hold nothing but this sequence's, where others have room
+ * for them, so that the extents go back. Plans a step of it; false when there is nothing (more) to gain.
+ */
+bool evict_plan_relocation(struct sequence *sequence);
 
 /* MOVE, on the executor, and PUBLISH. */
 void evict_move(const struct sequence *sequence);

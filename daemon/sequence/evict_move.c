@@ -224,12 +224,28 @@ static void publish_row(struct sequence *sequence, uint32_t row)
 	sequence->meta->blocks -= before - redo->held_blocks;
 }
 
+static void publish_relocation(struct sequence *sequence)
+{
+	struct space *space = sequence->space;
+	const struct meta_part *part = &space->part;
+
+	for (uint32_t i = 0; i < part->redo->move_count; i++) {
+		const struct meta_relocation *at = &part->relocations[i];
+
+		meta_held(part, sequence->slot, at->row)[at->index] = part->moves[i].dst;
+		blocks_give(&space->blocks, part->moves[i].src);
+		sequence->meta->blocks--;
+	}
+}
+
 void evict_publish(struct sequence *sequence)
 {
 	struct space *space = sequence->space;
 	struct meta_redo *redo = space->part.redo;
 
 	redo->state = META_REDO_MOVED;
+	if (redo->kind == META_REDO_RELOCATE)
+		publish_relocation(sequence);
 	for (uint32_t row = redo->row_begin; row < redo->row_end; row++)
 		publish_row(sequence, row);
 	for (; sequence->meta->stripe_first < redo->stripe_first; sequence->meta->stripe_first++) {

@@ -101,7 +101,7 @@ static void test_a_budget_is_set_and_holds_at_once(void **state)
 	stage_close(&s);
 }
 
-static void test_a_wrong_word_or_tenant_is_one_line(void **state)
+static void test_a_wrong_word_or_tenant_is_named(void **state)
 {
 	static const char *const wrong[][4] = {{"budget", "get", "nobody"},
 		{"budget", "set", "nobody", "device.max=1M"}, {"budget", "set", "search", "device.max=lots"},
@@ -113,12 +113,10 @@ static void test_a_wrong_word_or_tenant_is_one_line(void **state)
 	(void)state;
 	stage_open(&s);
 	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++) {
-		const char *end;
-
 		assert_in_range(ctl(&s, 0, wrong[i], &output), 1, 2);
-		end = strchr(output.err, '\n');
-		if (!end || end[1] != '\0' || !strstr(output.err, names[i]))
-			fail_msg("not one line with \"%s\": \"%s\"", names[i], output.err);
+		output.err[strcspn(output.err, "\n")] = '\0'; /* a hint may follow */
+		if (!strstr(output.err, names[i]))
+			fail_msg("no line with \"%s\": \"%s\"", names[i], output.err);
 	}
 	stage_close(&s);
 }
@@ -128,7 +126,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_every_listing_names_what_is_there),
 		cmocka_unit_test(test_a_budget_is_set_and_holds_at_once),
-		cmocka_unit_test(test_a_wrong_word_or_tenant_is_one_line),
+		cmocka_unit_test(test_a_wrong_word_or_tenant_is_named),
 	};
 
 	return runner_run("ctl", tests, sizeof(tests) / sizeof(*tests));

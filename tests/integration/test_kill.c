@@ -213,7 +213,7 @@ static void scene_close(struct scene *scene)
 	process_tell(&scene->other, 'a');
 	assert_int_equal(process_hear(&scene->other), 'k');
 	process_finish(&scene->other);
-	assert_true(fixture_wait_charged(&scene->fixture, 0, BACK_MS));
+	assert_true(fixture_wait_gone(&scene->fixture, 0, 0, BACK_MS));
 	fixture_audit(&scene->fixture);
 	fixture_stop(&scene->fixture);
 }
@@ -223,7 +223,7 @@ static void check_back(struct scene *scene)
 {
 	struct fixture_usage usage;
 
-	assert_true(fixture_wait_charged(&scene->fixture, scene->rest, BACK_MS));
+	assert_true(fixture_wait_gone(&scene->fixture, 1, scene->rest, BACK_MS));
 	fixture_tenant(&scene->fixture, "victim", &usage);
 	assert_int_equal(usage.charged, 0);
 	assert_int_equal(usage.promised, 0);

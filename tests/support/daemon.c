@@ -381,32 +381,25 @@ int fixture_budget_set(const struct fixture *fixture, const char *tenant, uint64
 	return r;
 }
 
-bool fixture_wait_charged(const struct fixture *fixture, uint64_t charged, unsigned limit_ms)
+bool fixture_wait_gone(const struct fixture *fixture, uint32_t workers, uint64_t charged, unsigned limit_ms)
 {
 	uint64_t deadline = fixture_now_ms() + limit_ms;
 	struct fixture_usage usage;
 
 	do {
 		fixture_usage(fixture, &usage);
-		if (usage.charged <= charged && usage.unreturned == 0)
+		if (usage.workers <= workers && usage.charged <= charged && usage.unreturned == 0)
 			return true;
 	} while (fixture_now_ms() < deadline);
-	print_error("charged %" PRIu64 " and unreturned %" PRIu64 " bytes after %u ms, not %" PRIu64 "\n",
-		usage.charged, usage.unreturned, limit_ms, charged);
+	print_error("after %u ms: %u workers, %" PRIu64 " bytes charged, %" PRIu64 " unreturned; expected %u, %" PRIu64
+		    ", 0\n",
+		limit_ms, usage.workers, usage.charged, usage.unreturned, workers, charged);
 	return false;
 }
 
-void fixture_wait_workers(const struct fixture *fixture, uint32_t workers)
+bool fixture_wait_charged(const struct fixture *fixture, uint64_t charged, unsigned limit_ms)
 {
-	uint64_t deadline = fixture_now_ms() + FIXTURE_WAIT_MS;
-	struct fixture_usage usage;
-
-	do {
-		fixture_usage(fixture, &usage);
-		if (usage.workers == workers)
-			return;
-	} while (fixture_now_ms() < deadline);
-	fail_msg("%u workers connected, not %u", usage.workers, workers);
+	return fixture_wait_gone(fixture, UINT32_MAX, charged, limit_ms);
 }
 
 /* ---- from outside ---- */

@@ -74,8 +74,8 @@ int fixture_budget_set(const struct fixture *fixture, const char *tenant, uint64
 /* Waits until at most `charged` bytes are charged and nothing is unreturned; true when that came within the limit. */
 bool fixture_wait_charged(const struct fixture *fixture, uint64_t charged, unsigned limit_ms);
 
-/* Waits until exactly that many workers are connected; fails after FIXTURE_WAIT_MS. */
-void fixture_wait_workers(const struct fixture *fixture, uint32_t workers);
+/* The same, and at most that many workers are connected. */
+bool fixture_wait_gone(const struct fixture *fixture, uint32_t workers, uint64_t charged, unsigned limit_ms);
 
 /* ---- from outside ---- */
 

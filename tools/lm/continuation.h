@@ -18,7 +18,9 @@ int lm_text_read(
 	const char *path, const struct lm_config *config, uint32_t generate, struct lm_text_file *ret, char *text);
 void lm_text_deinit(struct lm_text_file *file);
 
-/* Writes the continuation's bytes to out (LM_TEXT rules as above); other tokens than bytes are left out. */
+/*
+ * Writes the continuation's bytes to out; tokens that are not bytes are left out. 0 or a negative errno with text.
+ */
 int lm_continue(struct lm_worker *worker, const struct lm_options *options, const struct lm_text_file *file, FILE *out,
 	char *text);
 

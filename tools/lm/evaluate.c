@@ -64,7 +64,7 @@ static int answer(struct lm_worker *worker, const struct lm_query *query, bool *
 static int run_context(struct lm_worker *worker, const struct lm_needle *needle, struct lm_report *report, char *text)
 {
 	_cleanup_free_ int32_t *prompt = lm_prompt_context(needle->context.data, needle->context.size);
-	struct lm_usage usage;
+	struct lm_usage usage = {0};
 	int e;
 
 	if (!prompt)

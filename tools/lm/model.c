@@ -354,7 +354,8 @@ static int grow_chunk(struct lm_model *model, uint32_t rows, char *text)
 	model->sines = floats(rows, c->head_dim / 2);
 	if (!model->x || !model->cosines || !model->sines) {
 		free_chunk(model);
-		return lm_fail(text, -ENOMEM, "no memory for a chunk of %u tokens", rows);
+		(void)lm_fail(text, -ENOMEM, "no memory for a chunk of %u tokens", rows);
+		return -ENOMEM;
 	}
 	model->chunk_cap = rows;
 	return 0;

@@ -94,7 +94,7 @@ static int read_line(const struct where *at, const char *line, size_t size, stru
 
 static int append_line(const struct where *at, const char *line, size_t size, struct lm_needles *needles)
 {
-	struct lm_needle needle, *grown;
+	struct lm_needle needle = {0}, *grown;
 	int e = read_line(at, line, size, &needle);
 
 	if (e < 0)

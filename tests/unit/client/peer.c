@@ -172,8 +172,7 @@ static void post(struct peer *peer, const struct kvg_cqe *cqe)
 	if (cqe->text)
 		(void)snprintf(text, KVG_TEXT_SIZE, "peer: status %d", cqe->status);
 	cq[peer->cq_tail % PEER_ENTRIES] = *cqe;
-	__atomic_store_n(&peer->ring->cq_tail, ++peer->cq_tail, __ATOMIC_RELEASE);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	(void)__atomic_exchange_n(&peer->ring->cq_tail, ++peer->cq_tail, __ATOMIC_SEQ_CST);
 	if (__atomic_exchange_n(&peer->ring->sleeping, 0, __ATOMIC_SEQ_CST))
 		send_wake(peer);
 }

@@ -15,7 +15,7 @@ static void send_slots(struct peer *peer, bool added, const uint32_t *slots, uns
 	Kvg__ExtentsAdded add = KVG__EXTENTS_ADDED__INIT;
 	Kvg__ExtentsDropped drop = KVG__EXTENTS_DROPPED__INIT;
 	uint32_t copy[8];
-	int fds[8];
+	int fds[8] = {0};
 
 	memcpy(copy, slots, count * sizeof(*slots));
 	for (unsigned i = 0; i < fd_count; i++)

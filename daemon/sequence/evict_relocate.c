@@ -1,0 +1,136 @@
+/* RELOCATE: emptying sparse extents, whole blocks at a time. */
+#include <stdlib.h>
+
+#include "daemon/sequence/evict.h"
+
+/* The extents that hold the sequence's blocks. */
+struct survey {
+	struct extent **extents;
+	uint32_t count, capacity;
+};
+
+static bool survey_add(struct survey *survey, struct extent *extent)
+{
+	if (survey->count == survey->capacity) {
+		uint32_t capacity = survey->capacity ? 2 * survey->capacity : 64;
+		struct extent **grown = realloc(survey->extents, capacity * sizeof(*grown));
+
+		if (!grown)
+			return false;
+		survey->extents = grown;
+		survey->capacity = capacity;
+	}
+	survey->extents[survey->count++] = extent;
+	return true;
+}
+
+static bool survey_rows(const struct sequence *sequence, struct survey *survey)
+{
+	const struct space *space = sequence->space;
+	const struct meta_row *rows = meta_rows(&space->part, sequence->slot);
+
+	for (uint32_t row = 0; row < space->rows; row++) {
+		const uint32_t *held = meta_held(&space->part, sequence->slot, row);
+
+		for (uint32_t i = 0; i < rows[row].held_blocks; i++) {
+			struct extent *extent = blocks_extent(&space->blocks, held[i]);
+
+			if (extent->counted == 0 && !survey_add(survey, extent))
+				return false;
+			extent->counted++;
+		}
+	}
+	return true;
+}
+
+static int by_use(const void *a, const void *b)
+{
+	uint32_t x = (*(struct extent *const *)a)->meta->used, y = (*(struct extent *const *)b)->meta->used;
+
+	return (x > y) - (x < y);
+}
+
+/* Closes the sparsest extents whose blocks are all the sequence's and fit in what is free elsewhere. */
+static void close_sparse(struct sequence *sequence, struct survey *survey)
+{
+	struct block_space *blocks = &sequence->space->blocks;
+	uint64_t room = (uint64_t)sequence->owner.free_units[META_HELD] + blocks->shared.free_units[META_HELD],
+		 moved = 0;
+
+	qsort(survey->extents, survey->count, sizeof(struct extent *), by_use);
+	for (uint32_t i = 0; i < survey->count; i++) {
+		struct extent *extent = survey->extents[i];
+		uint64_t own = extent->meta->generation == META_HELD ? extent->meta->blocks - extent->meta->used : 0;
+
+		if (extent->counted != extent->meta->used || extent->owner == &blocks->closed ||
+			moved + extent->meta->used + own > room)
+			continue;
+		room -= own;
+		moved += extent->meta->used;
+		blocks_close_extent(blocks, extent);
+	}
+}
+
+static void choose_extents(struct sequence *sequence)
+{
+	struct survey survey = {0};
+
+	if (survey_rows(sequence, &survey))
+		close_sparse(sequence, &survey);
+	for (uint32_t i = 0; i < survey.count; i++)
+		survey.extents[i]->counted = 0;
+	free(survey.extents);
+}
+
+/* Lists blocks of closed extents, as many as a step may move. */
+static uint32_t list_blocks(const struct sequence *sequence)
+{
+	const struct space *space = sequence->space;
+	const struct meta_part *part = &space->part;
+	const struct meta_row *rows = meta_rows(part, sequence->slot);
+	uint32_t count = 0;
+
+	for (uint32_t row = 0; row < space->rows; row++) {
+		const uint32_t *held = meta_held(part, sequence->slot, row);
+
+		for (uint32_t i = 0; i < rows[row].held_blocks && count < part->worker->move_cap; i++) {
+			if (blocks_extent(&space->blocks, held[i])->owner != &space->blocks.closed)
+				continue;
+			part->relocations[count] = (struct meta_relocation){.row = row, .index = i};
+			part->moves[count++] = (struct meta_move){.src = held[i], .count = KVG_BLOCK_TOKENS};
+		}
+	}
+	return count;
+}
+
+bool evict_plan_relocation(struct sequence *sequence)
+{
+	struct space *space = sequence->space;
+	struct meta_part *part = &space->part;
+	uint64_t room = (uint64_t)sequence->owner.free_units[META_HELD] + space->blocks.shared.free_units[META_HELD];
+	uint32_t count, *ids;
+
+	if (space->blocks.closed.extents == 0 && room < space->arena->blocks_per_extent)
+		return false;
+	if (space->blocks.closed.extents == 0)
+		choose_extents(sequence);
+	if (space->blocks.closed.extents == 0)
+		return false;
+	count = list_blocks(sequence);
+	if (count > (uint64_t)sequence->owner.free_units[META_HELD] + space->blocks.shared.free_units[META_HELD])
+		return false;
+	ids = malloc((count + 1) * sizeof(uint32_t));
+	if (!ids)
+		return false;
+	blocks_take_open(&space->blocks, &sequence->owner, count, ids);
+	for (uint32_t i = 0; i < count; i++)
+		part->moves[i].dst = ids[i];
+	free(ids);
+	sequence->meta->blocks += count;
+	*part->redo = (struct meta_redo){.seq = sequence->slot,
+		.stripe_first = sequence->meta->stripe_first,
+		.move_count = count,
+		.kind = META_REDO_RELOCATE};
+	__atomic_store_n(&part->redo->state, META_REDO_PLANNED, __ATOMIC_RELEASE);
+	return true;
+}
