@@ -57,6 +57,8 @@ static void close_sparse(struct sequence *sequence, struct survey *survey)
 	uint64_t room = (uint64_t)sequence->owner.free_units[META_HELD] + blocks->shared.free_units[META_HELD],
 		 moved = 0;
 
+	if (survey->count == 0)
+		return;
 	qsort(survey->extents, survey->count, sizeof(struct extent *), by_use);
 	for (uint32_t i = 0; i < survey->count; i++) {
 		struct extent *extent = survey->extents[i];

@@ -426,6 +426,8 @@ void admin_init(struct admin *admin, struct server *server)
 
 void admin_deinit(struct admin *admin)
 {
-	while (!list_empty(&admin->peers))
-		peer_free(list_entry(admin->peers.next, struct admin_peer, node));
+	struct list *node;
+
+	while ((node = list_pop(&admin->peers)))
+		peer_free(list_entry(node, struct admin_peer, node));
 }

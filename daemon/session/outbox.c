@@ -6,7 +6,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "daemon/base/cleanup.h"
 #include "proto/frame.h"
 
 struct packet {
@@ -76,9 +75,8 @@ int outbox_flush(struct outbox *outbox)
 			return 0;
 		if (r < 0)
 			return r;
-		list_remove(&packet->node);
+		packet_free(list_entry(list_pop(&outbox->packets), struct packet, node));
 		outbox->count--;
-		packet_free(packet);
 	}
 	return 0;
 }
@@ -86,7 +84,7 @@ int outbox_flush(struct outbox *outbox)
 int outbox_send(struct outbox *outbox, const ProtobufCMessage *message, const int *fds, unsigned fd_count)
 {
 	size_t size = protobuf_c_message_get_packed_size(message);
-	_cleanup_free_ uint8_t *data = malloc(size ? size : 1);
+	uint8_t *data = malloc(size ? size : 1);
 	int r = outbox_flush(outbox);
 
 	if (!data)
@@ -96,5 +94,8 @@ int outbox_send(struct outbox *outbox, const ProtobufCMessage *message, const in
 		r = kvg_frame_send(outbox->fd, data, size, fds, fd_count);
 	else if (r >= 0)
 		r = -EAGAIN;
-	return r == -EAGAIN ? enqueue(outbox, data, size, fds, fd_count) : r;
+	if (r == -EAGAIN)
+		r = enqueue(outbox, data, size, fds, fd_count);
+	free(data);
+	return r;
 }

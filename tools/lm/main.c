@@ -79,6 +79,8 @@ static int run_text(struct app *app)
 	e = connect_worker(app, 1 + file.size + o->generate);
 	if (e == 0)
 		e = lm_continue(app->worker, o, &file, stdout, app->text);
+	if (e == 0)
+		(void)putchar('\n');
 	lm_text_deinit(&file);
 	return e;
 }

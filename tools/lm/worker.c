@@ -116,6 +116,17 @@ static uint64_t staging_bytes(const struct lm_worker_setup *setup)
 	return want > least ? want : least;
 }
 
+/* The daemon sees the gate's bytes, not its name. */
+static int load_gate(const struct lm_worker *w, const char *path, char *text)
+{
+	int e = kvg_load_gate(w->client, path);
+	const char *why = kvg_error(w->client);
+
+	if (e < 0 && !strstr(why, path))
+		return lm_fail(text, e, "%s: %s", path, why);
+	return e < 0 ? client_error(w, e, text) : 0;
+}
+
 static int introduce(struct lm_worker *w, const struct lm_worker_setup *setup, char *text)
 {
 	struct kvg_layout layout;
@@ -123,9 +134,9 @@ static int introduce(struct lm_worker *w, const struct lm_worker_setup *setup, c
 
 	describe_layout(setup, &layout);
 	e = kvg_register(w->client, &layout, staging_bytes(setup));
-	if (e == 0 && setup->gate)
-		e = kvg_load_gate(w->client, setup->gate);
-	return e < 0 ? client_error(w, e, text) : 0;
+	if (e < 0)
+		return client_error(w, e, text);
+	return setup->gate ? load_gate(w, setup->gate, text) : 0;
 }
 
 int lm_worker_open(const struct lm_worker_setup *setup, struct lm_worker **ret, char *text)

@@ -227,6 +227,56 @@ static void survives_a_later_truncation(void **state)
 	assert_int_equal(close(source), 0);
 }
 
+/* Every tensor that an accepted file hands out lies within it: reads all of their bytes. */
+static void read_all_tensors(const struct kvg_safetensors *file)
+{
+	volatile uint8_t sink = 0;
+
+	for (size_t i = 0; i < kvg_safetensors_count(file); i++) {
+		const struct kvg_tensor *tensor = kvg_safetensors_at(file, i);
+
+		for (uint64_t n = 0; n < tensor->size; n++)
+			sink = (uint8_t)(sink + ((const uint8_t *)tensor->data)[n]);
+	}
+}
+
+static void survives_random_damage(void **state)
+{
+	int source = make_file(strlen(plain), plain, 12);
+	uint8_t good[512], bad[512];
+	size_t size = (size_t)pread(source, good, sizeof(good), 0);
+	unsigned accepted = 0, refused = 0;
+	uint32_t random = 1;
+
+	(void)state;
+	for (unsigned round = 0; round < 20000; round++) {
+		struct kvg_safetensors *file = NULL;
+		char text[256];
+		int fd;
+
+		memcpy(bad, good, size);
+		for (unsigned i = 0; i <= round % 3; i++) {
+			random = random * 1664525u + 1013904223u;
+			/* Mostly digits, so that much of it is still a header. */
+			bad[(random >> 8) % size] =
+				random >> 30 ? (uint8_t)('0' + (random >> 4) % 10) : (uint8_t)random;
+		}
+		fd = kvg_memfd_from("damaged", bad, size);
+		assert_true(fd >= 0);
+		if (kvg_safetensors_open_fd(fd, "damaged", &file, text, sizeof(text)) == 0) {
+			read_all_tensors(file);
+			accepted++;
+		} else {
+			assert_null(file);
+			refused++;
+		}
+		assert_null(kvg_safetensors_free(file));
+		assert_int_equal(close(fd), 0);
+	}
+	assert_true(accepted > 100 && refused > 100);
+	assert_int_equal(close(source), 0);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -237,6 +287,7 @@ int main(void)
 		cmocka_unit_test(refuses_wrong_header_lengths),
 		cmocka_unit_test(refuses_what_is_no_file),
 		cmocka_unit_test(survives_a_later_truncation),
+		cmocka_unit_test(survives_random_damage),
 	};
 
 	return runner_run("safetensors", tests, sizeof(tests) / sizeof(*tests));

@@ -74,6 +74,8 @@ int kvg_load_gate(struct kvg_client *client, const char *path)
 {
 	(void)client;
 	assert_non_null(path);
+	if (fake.fail_gate)
+		return fake.fail_gate;
 	fake.gates++;
 	return 0;
 }

@@ -20,7 +20,7 @@ struct fake_kvgate {
 	unsigned creates, evictions, truncates, stages, gates;
 	uint32_t evicted_at[16]; /* committed position at each eviction */
 	uint64_t staged_rows;
-	int fail_create, fail_stage, fail_evict; /* what that call returns, when not 0 */
+	int fail_gate, fail_create, fail_stage, fail_evict; /* what that call returns, when not 0 */
 };
 
 /* The one there is; reset to nothing (nothing may be connected). */

@@ -180,6 +180,25 @@ static void test_no_daemon(void **state)
 	assert_null(lm_worker_close(NULL));
 }
 
+static void test_refused_gate_is_named(void **state)
+{
+	struct bench *b = *state;
+	struct lm_worker *worker = NULL;
+	struct lm_worker_setup setup = {.socket = "fake",
+		.gate = "other-gate",
+		.model_name = "pilot-lm",
+		.model = b->model,
+		.kv_dtype = KVG_BF16,
+		.max_tokens = 100,
+		.chunk_tokens = 100};
+
+	b->fake->fail_gate = -EINVAL;
+	assert_int_equal(lm_worker_open(&setup, &worker, b->text), -EINVAL);
+	assert_string_equal(b->text, "other-gate: the fake was told to fail");
+	assert_null(worker);
+	assert_int_equal(b->fake->connected, 0);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, bench_setup, bench_teardown)
 
 int main(void)
@@ -193,6 +212,7 @@ int main(void)
 		TEST(test_no_room),
 		TEST(test_failures_carry_the_library_s_words),
 		TEST(test_no_daemon),
+		TEST(test_refused_gate_is_named),
 	};
 
 	return runner_run("tools/lm/worker", tests, sizeof(tests) / sizeof(tests[0]));
