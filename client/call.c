@@ -1,5 +1,6 @@
 #include "client/client.h"
 
+#include <sched.h>
 #include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
@@ -195,6 +196,7 @@ static int spin(struct kvg_client *client)
 				return r;
 			relax();
 		}
+		(void)sched_yield(); /* the daemon may share this core */
 		now = now_ns();
 		if (now >= look) {
 			int r = client_receive(client);

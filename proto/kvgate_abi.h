@@ -182,16 +182,16 @@ struct kvg_ring {
 	uint32_t sq_entries, cq_entries;
 	uint32_t sq_offset, cq_offset, text_offset, size;
 	uint32_t reserved0[8];
-	_Alignas(64) uint32_t sq_tail;
+	uint32_t sq_tail __attribute__((aligned(64)));
 	uint32_t reserved1[15];
-	_Alignas(64) uint32_t sq_head;
+	uint32_t sq_head __attribute__((aligned(64)));
 	uint32_t need_wakeup;
 	uint32_t reserved2[14];
-	_Alignas(64) uint32_t cq_tail;
+	uint32_t cq_tail __attribute__((aligned(64)));
 	uint32_t events;   /* control events sent so far */
 	uint32_t pressure; /* not 0: the tenant is over its high mark */
 	uint32_t reserved3[13];
-	_Alignas(64) uint32_t cq_head;
+	uint32_t cq_head __attribute__((aligned(64)));
 	uint32_t sleeping;
 	uint32_t reserved4[14];
 };
@@ -218,6 +218,7 @@ struct kvg_table {
 
 /* The staging memfd: uint32 appended[max_sequences] at 0 (the worker's), rows from rows_offset (in the reply). */
 
+#ifndef __cplusplus
 _Static_assert(sizeof(struct kvg_group) == 96, "ABI");
 _Static_assert(sizeof(struct kvg_layout) == 192 + 8 * 96, "ABI");
 _Static_assert(sizeof(struct kvg_policy) == 80, "ABI");
@@ -226,5 +227,6 @@ _Static_assert(sizeof(struct kvg_cqe) == 64, "ABI");
 _Static_assert(sizeof(struct kvg_ring) == 320, "ABI");
 _Static_assert(sizeof(struct kvg_slot) == 64, "ABI");
 _Static_assert(sizeof(struct kvg_table) == 128, "ABI");
+#endif
 
 #endif

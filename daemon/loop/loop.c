@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/signalfd.h>
 #include <time.h>
@@ -12,9 +13,10 @@
 #include "daemon/base/list.h"
 #include "daemon/base/relax.h"
 
-#define SQ_ENTRIES 256
-#define CQ_ENTRIES 4096
-#define NS_PER_S   UINT64_C(1000000000)
+#define YIELD_AFTER_NS 2000u
+#define SQ_ENTRIES     256
+#define CQ_ENTRIES     4096
+#define NS_PER_S       UINT64_C(1000000000)
 
 /* Lives until the kernel's last completion for it, which may come after loop_watch_free(). */
 struct loop_watch {
@@ -434,6 +436,15 @@ static bool loop_round(struct loop *loop, uint64_t now)
 	return any || !list_empty(&loop->again);
 }
 
+/* A peer that spins for our answer may share this core: after the first moments others go first. */
+static void relax(uint64_t spun_ns)
+{
+	if (spun_ns < YIELD_AFTER_NS)
+		cpu_relax();
+	else
+		(void)sched_yield();
+}
+
 int loop_run(struct loop *loop)
 {
 	uint64_t now = loop_now(), worked = now;
@@ -443,7 +454,7 @@ int loop_run(struct loop *loop)
 		if (loop_round(loop, now))
 			worked = loop_now();
 		else if (now - worked < loop->spin_ns)
-			cpu_relax();
+			relax(now - worked);
 		else
 			r = loop_sleep(loop);
 		now = loop_now();

@@ -2,11 +2,16 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "proto/gate_file.h"
+
+#define HEADER_PER_LAYER 16384u
+#define HEADER_BASE      65536u
 
 struct gate_set *gate_set_free(struct gate_set *set)
 {
@@ -26,6 +31,22 @@ static int check_seals(int fd, char *text, size_t size)
 	if (seals >= 0 && (seals & need) == need)
 		return 0;
 	(void)snprintf(text, size, "gate: the descriptor is not a memfd sealed against writing, growing and shrinking");
+	return -EINVAL;
+}
+
+/* A JSON header is parsed into many times its size: a gate's own is a few hundred bytes a layer. */
+static int check_header(int fd, uint32_t layers, char *text, size_t size)
+{
+	uint64_t length, limit = (uint64_t)layers * HEADER_PER_LAYER + HEADER_BASE;
+
+	if (pread(fd, &length, sizeof(length), 0) != sizeof(length)) {
+		(void)snprintf(text, size, "gate: the file is shorter than its 8-byte header length");
+		return -EINVAL;
+	}
+	if (length <= limit)
+		return 0;
+	(void)snprintf(text, size, "gate: a header of %" PRIu64 " bytes, at most %" PRIu64 " for %u layers", length,
+		limit, layers);
 	return -EINVAL;
 }
 
@@ -97,6 +118,8 @@ int gate_set_load(int fd, const struct kvg_layout *layout, struct gate_set **ret
 	uint32_t layers = layout->groups[0].layers, found;
 	int r = check_seals(fd, text, size);
 
+	if (r >= 0)
+		r = check_header(fd, layers, text, size);
 	if (r >= 0)
 		r = kvg_safetensors_open_fd(fd, "gate", &file, text, size);
 	if (r < 0)

@@ -1,7 +1,6 @@
 #include "daemon/session/ring.h"
 
 #include <errno.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -13,6 +12,18 @@
 static uint32_t load(const uint32_t *word)
 {
 	return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
+/* A store and a later load that must not pass each other, with the worker doing the reverse: both sequentially
+ * consistent. */
+static void store_ordered(uint32_t *word, uint32_t value)
+{
+	__atomic_store_n(word, value, __ATOMIC_SEQ_CST);
+}
+
+static uint32_t load_ordered(const uint32_t *word)
+{
+	return __atomic_load_n(word, __ATOMIC_SEQ_CST);
 }
 
 static void store(uint32_t *word, uint32_t value)
@@ -106,8 +117,8 @@ int ring_take(struct ring *ring, struct kvg_sqe *ret)
 
 static bool take_sleeping(struct ring *ring)
 {
-	atomic_thread_fence(memory_order_seq_cst);
-	return load(&ring->shared->sleeping) && __atomic_exchange_n(&ring->shared->sleeping, 0, __ATOMIC_ACQ_REL);
+	return load_ordered(&ring->shared->sleeping) &&
+	       __atomic_exchange_n(&ring->shared->sleeping, 0, __ATOMIC_ACQ_REL);
 }
 
 bool ring_complete(struct ring *ring, struct kvg_cqe *cqe, const char *text)
@@ -120,15 +131,14 @@ bool ring_complete(struct ring *ring, struct kvg_cqe *cqe, const char *text)
 	cqe->events = ring->events;
 	ring->cq[index] = *cqe;
 	ring->outstanding--;
-	store(&ring->shared->cq_tail, ++ring->cq_tail);
+	store_ordered(&ring->shared->cq_tail, ++ring->cq_tail);
 	return take_sleeping(ring);
 }
 
 bool ring_set_wakeup(struct ring *ring, bool on)
 {
-	store(&ring->shared->need_wakeup, on);
-	atomic_thread_fence(memory_order_seq_cst);
-	return load(&ring->shared->sq_tail) != ring->sq_head && has_room(ring) != 0;
+	store_ordered(&ring->shared->need_wakeup, on);
+	return load_ordered(&ring->shared->sq_tail) != ring->sq_head && has_room(ring) != 0;
 }
 
 uint32_t ring_count_event(struct ring *ring)

@@ -276,7 +276,6 @@ void raw_submit(struct raw *raw, const struct kvg_sqe *sqe)
 
 	entries[raw->sq_tail & (raw->ring->sq_entries - 1)] = *sqe;
 	__atomic_store_n(&raw->ring->sq_tail, ++raw->sq_tail, __ATOMIC_SEQ_CST);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	if (__atomic_load_n(&raw->ring->need_wakeup, __ATOMIC_SEQ_CST))
 		ring_doorbell(raw);
 }
@@ -289,7 +288,6 @@ static bool wait_event(struct raw *raw)
 	bool on;
 
 	__atomic_store_n(&raw->ring->sleeping, 1, __ATOMIC_SEQ_CST);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	if (__atomic_load_n(&raw->ring->cq_tail, __ATOMIC_SEQ_CST) != raw->cq_head)
 		return true;
 	if (!receive(raw, &frame))

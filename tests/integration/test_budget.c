@@ -298,7 +298,7 @@ static void test_workers_of_two_tenants_run_at_once(void **state)
 	assert_in_range(usage.high_water, 5 * EXTENT, 4 * MIB);
 	fixture_tenant(&f, "chat", &usage);
 	assert_in_range(usage.high_water, 5 * EXTENT, 6 * MIB);
-	assert_true(fixture_wait_charged(&f, 0, 1000));
+	assert_true(fixture_wait_charged(&f, 0, FIXTURE_WAIT_MS));
 	fixture_audit(&f);
 	fixture_stop(&f);
 }

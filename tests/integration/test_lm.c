@@ -107,7 +107,7 @@ static void start(struct fixture *f)
 
 static void stop(struct fixture *f)
 {
-	assert_true(fixture_wait_charged(f, 0, 1000));
+	assert_true(fixture_wait_charged(f, 0, FIXTURE_WAIT_MS));
 	fixture_audit(f);
 	fixture_stop(f);
 }

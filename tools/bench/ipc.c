@@ -69,7 +69,9 @@ static int compare_ns(const void *left, const void *right)
 /* Microseconds below which that many percent of the sorted samples lie. */
 static double percentile(const struct samples *samples, uint32_t percent)
 {
-	return (double)samples->ns[(uint64_t)(samples->count - 1) * percent / 100] / 1e3;
+	uint32_t rank = (samples->count - 1) * percent / 100;
+
+	return (double)samples->ns[rank] / 1e3;
 }
 
 static int fail(const struct bench *bench, int status)

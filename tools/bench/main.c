@@ -1,4 +1,5 @@
 #include "tools/bench/bench.h"
+#include "tools/bench/ipc.h"
 
 #include <cblas.h>
 #include <stdio.h>
@@ -15,6 +16,7 @@ static const struct command commands[] = {
 	{"check-gate", "FILE", "scores of a gate against the true values in FILE", bench_check_gate},
 	{"check-prefill", "FILE", "prefill eviction against the masks in FILE", bench_check_prefill},
 	{"check-decode", "FILE", "decode eviction against the held positions in FILE", bench_check_decode},
+	{"ipc", "--socket S [--json]", "round trips through the rings, with 10 and 10,000 idle sequences", bench_ipc},
 };
 
 #define COMMANDS (sizeof(commands) / sizeof(*commands))
@@ -23,7 +25,7 @@ static void print_usage(FILE *stream)
 {
 	(void)fprintf(stream, "usage: kvgate-bench COMMAND ...\n");
 	for (size_t i = 0; i < COMMANDS; i++)
-		(void)fprintf(stream, "  %-14s %-10s %s\n", commands[i].name, commands[i].arguments, commands[i].help);
+		(void)fprintf(stream, "  %-14s %-21s %s\n", commands[i].name, commands[i].arguments, commands[i].help);
 }
 
 int main(int argc, char **argv)

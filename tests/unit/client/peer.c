@@ -321,12 +321,16 @@ static bool serve_ring(struct peer *peer)
 	return true;
 }
 
+/* Sends the reply, whose body is the caller's and is forgotten here. */
 static bool answer(struct peer *peer, Kvg__WorkerReply *reply, const int *fds, unsigned fd_count)
 {
-	if (peer->tamper_reply && !peer->tamper_reply(peer, reply, &fd_count))
-		return false;
-	peer_send(peer, reply, fds, fd_count);
-	return true;
+	bool going = !peer->tamper_reply || peer->tamper_reply(peer, reply, &fd_count);
+
+	if (going)
+		peer_send(peer, reply, fds, fd_count);
+	reply->body_case = KVG__WORKER_REPLY__BODY__NOT_SET;
+	reply->welcome = NULL;
+	return going;
 }
 
 static bool welcome(struct peer *peer, Kvg__WorkerReply *reply)

@@ -14,12 +14,12 @@
 static int make_file(uint64_t length, const char *header, size_t data_size)
 {
 	size_t header_size = strlen(header), size = 8 + header_size + data_size;
-	uint8_t *bytes = malloc(size);
+	uint8_t *bytes = malloc(size + 1);
 	int fd;
 
 	assert_non_null(bytes);
 	memcpy(bytes, &length, 8);
-	memcpy(bytes + 8, header, header_size);
+	memcpy(bytes + 8, header, header_size + 1);
 	for (size_t i = 0; i < data_size; i++)
 		bytes[8 + header_size + i] = (uint8_t)i;
 	fd = kvg_memfd_from("test", bytes, size);
