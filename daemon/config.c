@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #include "daemon/base/cleanup.h"
-#include "daemon/base/size.h"
+#include "proto/size.h"
 
 #define FILE_MAX_BYTES  (1u << 20)
 #define EXTENT_MIN      (UINT64_C(64) << 10)
@@ -85,7 +85,7 @@ static struct tenant_lines *last_lines(struct parser *parser)
 
 static void set_size(struct parser *parser, const char *key, const char *value, uint64_t *ret)
 {
-	int r = size_parse(value, ret);
+	int r = kvg_size_parse(value, ret);
 
 	if (r == -ERANGE)
 		fail(parser, -EINVAL, "%s: '%s' is more than the limit, 4 EiB", key, value);
@@ -418,7 +418,7 @@ static void parse(struct parser *parser)
 static void check_pool(struct parser *parser)
 {
 	struct config *config = &parser->config;
-	char size[SIZE_TEXT], extent[SIZE_TEXT];
+	char size[KVG_SIZE_TEXT], extent[KVG_SIZE_TEXT];
 
 	if (!parser->seen[KEY_DEVICE_SIZE]) {
 		fail(parser, -EINVAL, "there is no device.size in [pool]");
@@ -432,7 +432,7 @@ static void check_pool(struct parser *parser)
 	parser->line = parser->seen[KEY_DEVICE_SIZE];
 	if (config->device_size < config->extent_size)
 		fail(parser, -EINVAL, "device.size: %s is less than one extent, %s",
-			size_format(config->device_size, size), size_format(config->extent_size, extent));
+			kvg_size_format(config->device_size, size), kvg_size_format(config->extent_size, extent));
 	parser->line = 0;
 }
 
@@ -440,7 +440,7 @@ static void finish_tenant(struct parser *parser, size_t index)
 {
 	struct config *config = &parser->config;
 	struct config_tenant *tenant = &config->tenants[index];
-	char max[SIZE_TEXT], size[SIZE_TEXT];
+	char max[KVG_SIZE_TEXT], size[KVG_SIZE_TEXT];
 
 	parser->line = parser->lines[index].device_max;
 	if (parser->line == 0)
@@ -449,8 +449,8 @@ static void finish_tenant(struct parser *parser, size_t index)
 		fail(parser, -EINVAL,
 			"device.max: %s (%llu bytes) of tenant '%s' is more than device.size of [pool], %s (%llu "
 			"bytes)",
-			size_format(tenant->device_max, max), (unsigned long long)tenant->device_max, tenant->name,
-			size_format(config->device_size, size), (unsigned long long)config->device_size);
+			kvg_size_format(tenant->device_max, max), (unsigned long long)tenant->device_max, tenant->name,
+			kvg_size_format(config->device_size, size), (unsigned long long)config->device_size);
 	if (!tenant->socket && asprintf(&tenant->socket, "%s.sock", tenant->name) < 0) {
 		tenant->socket = NULL;
 		fail(parser, -ENOMEM, "out of memory");

@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #include "daemon/base/log.h"
-#include "daemon/base/size.h"
+#include "proto/size.h"
 #include "daemon/session/admin.h"
 #include "daemon/session/listener.h"
 #include "daemon/session/worker.h"
@@ -237,10 +237,10 @@ static int start_sockets(struct daemon *daemon)
 
 static void announce(const struct daemon *daemon)
 {
-	char pool[SIZE_TEXT], extent[SIZE_TEXT];
+	char pool[KVG_SIZE_TEXT], extent[KVG_SIZE_TEXT];
 
-	(void)size_format(daemon->config->device_size, pool);
-	(void)size_format(daemon->config->extent_size, extent);
+	(void)kvg_size_format(daemon->config->device_size, pool);
+	(void)kvg_size_format(daemon->config->extent_size, extent);
 	log_info("kvgated %s: %s pool of %s in extents of %s, %zu tenants, state in %s", KVG_VERSION,
 		daemon->server.pool->kind->name, pool, extent, daemon->server.tenant_count, daemon->options->state_dir);
 	(void)sd_notifyf(0, "READY=1\nSTATUS=%s pool of %s, %zu tenants", daemon->server.pool->kind->name, pool,

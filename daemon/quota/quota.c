@@ -5,7 +5,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 
-#include "daemon/base/size.h"
+#include "proto/size.h"
 
 /* The account of the chain in which `bytes` more than the `drawn` ones do not fit, or NULL. */
 static struct quota *first_full(struct quota *quota, uint64_t bytes, uint64_t drawn)
@@ -23,15 +23,15 @@ static struct quota *first_full(struct quota *quota, uint64_t bytes, uint64_t dr
 static int refuse(struct quota *quota, struct quota *full, uint64_t bytes, uint64_t drawn, const char *what,
 	char text[QUOTA_TEXT])
 {
-	char max[SIZE_TEXT], use[SIZE_TEXT], promised[SIZE_TEXT], need[SIZE_TEXT];
+	char max[KVG_SIZE_TEXT], use[KVG_SIZE_TEXT], promised[KVG_SIZE_TEXT], need[KVG_SIZE_TEXT];
 	uint64_t use_after = full->account->charged + bytes + (bytes > drawn ? full->account->promised - drawn : 0);
 
 	quota->account->refusals++;
 	(void)snprintf(text, QUOTA_TEXT,
 		"%s: device %s %s, in use %s, promised %s, %s needs %s: %" PRIu64 " bytes short%s", quota->name,
-		full == quota ? "budget" : "pool", size_format(full->account->max, max),
-		size_format(full->account->charged, use), size_format(full->account->promised, promised), what,
-		size_format(bytes, need), use_after - full->account->max,
+		full == quota ? "budget" : "pool", kvg_size_format(full->account->max, max),
+		kvg_size_format(full->account->charged, use), kvg_size_format(full->account->promised, promised), what,
+		kvg_size_format(bytes, need), use_after - full->account->max,
 		full->account->unreturned ? " (some not yet unmapped)" : "");
 	return -ENOSPC;
 }
@@ -70,6 +70,19 @@ int quota_charge(struct quota *quota, uint64_t bytes, uint64_t drawn, const char
 			quota->account->high_water = quota->account->charged;
 	}
 	return 0;
+}
+
+uint64_t quota_shortfall(const struct quota *quota, uint64_t bytes, uint64_t drawn)
+{
+	uint64_t most = 0;
+
+	for (; quota; quota = quota->parent) {
+		uint64_t need = quota->account->charged + quota->account->promised + bytes - drawn;
+
+		if (need > quota->account->max && need - quota->account->max > most)
+			most = need - quota->account->max;
+	}
+	return most;
 }
 
 void quota_refund(struct quota *quota, uint64_t bytes)

@@ -27,17 +27,22 @@ static uint64_t max_u64(uint64_t a, uint64_t b)
 /* Pairs over all rows once `seen` tokens have had their prefill eviction. */
 static uint64_t pairs_after(const struct kvg_policy *policy, uint32_t rows, uint64_t seen)
 {
-	uint64_t context = seen > policy->prefix_tokens ? seen - policy->prefix_tokens : 0, window;
+	uint64_t context = seen > policy->prefix_tokens ? seen - policy->prefix_tokens : 0, window, range;
+	uint64_t floor = policy->floor;
 	double ratio;
 
+	if (policy->mode == KVG_MODE_THRESHOLD)
+		return seen * rows;
 	kvg_select_prefill_params(policy->context_tokens, policy->chunk_tokens, policy->ratio, policy->window,
 		(policy->flags & KVG_POLICY_WINDOW_ABSOLUTE) != 0, &ratio, &window);
-	if (policy->mode == KVG_MODE_THRESHOLD || context <= window)
+	if (context <= window)
 		return seen * rows;
-	return (uint64_t)((double)((seen - context + window) * rows) +
-			  (double)((context - window) * rows) *
-				  (policy->mode == KVG_MODE_ONCE ? policy->ratio : ratio)) +
-	       (uint64_t)policy->floor * rows;
+	range = context - window;
+	if (policy->mode == KVG_MODE_CHUNKED && policy->chunk_tokens)
+		floor *= seen / policy->chunk_tokens + 1; /* each evicted range has its own */
+	return (uint64_t)((double)((seen - range) * rows) +
+			  (double)(range * rows) * (policy->mode == KVG_MODE_ONCE ? policy->ratio : ratio)) +
+	       (floor < range ? floor : range) * rows;
 }
 
 /* Peak while the prompt is read from `seen` tokens on in chunks that are evicted one by one. */
@@ -64,6 +69,7 @@ uint64_t admission_blocks(const struct kvg_policy *policy, uint32_t rows, uint64
 {
 	uint64_t total = (uint64_t)policy->prefix_tokens + policy->context_tokens, fresh = policy->max_new_tokens;
 	bool prefill = policy->mode == KVG_MODE_THRESHOLD || (policy->mode != KVG_MODE_OFF && policy->ratio < 1.0);
+	uint64_t most = total + fresh, budget = policy->budget < most ? policy->budget : most;
 	uint64_t spare = 0, peak, after;
 
 	if (prefill || policy->budget)
@@ -79,7 +85,7 @@ uint64_t admission_blocks(const struct kvg_policy *policy, uint32_t rows, uint64
 		peak = packed_blocks(held, rows) + stripe_blocks(total > seen ? total - seen : 0, rows);
 	after = seen >= total || !prefill ? max_u64(held, (total > seen ? total - seen : 0) * rows + held)
 					  : pairs_after(policy, rows, total);
-	after = packed_blocks(max_u64(after, (uint64_t)policy->budget * rows), rows) + stripe_blocks(fresh, rows);
+	after = packed_blocks(max_u64(after, budget * rows), rows) + stripe_blocks(fresh, rows);
 	return max_u64(peak, after) + spare;
 }
 

@@ -252,10 +252,12 @@ void evict_mark(const struct sequence *sequence, struct evict *evict)
 				uint32_t rank = evict->decode ? at.index + i : rank_of(evict, pos);
 
 				at.places[i].pos = (int32_t)pos;
-				if (rank == UINT32_MAX || keep[rank])
-					continue;
-				at.places[i].score = -INFINITY;
-				evict->holes[row] += at.index + i < held;
+				if (rank != UINT32_MAX && !keep[rank]) {
+					at.places[i].score = -INFINITY;
+					evict->holes[row] += at.index + i < held;
+				} else if (at.places[i].score == -INFINITY) {
+					at.places[i].score = 0; /* never scored: the mark is a former owner's */
+				}
 			}
 		}
 	}

@@ -220,6 +220,29 @@ static struct sequence *find_sequence(const struct space *space, uint64_t handle
 	return sequence && sequence->meta->epoch == handle >> 32 ? sequence : NULL;
 }
 
+/* Turns up to `bytes` of a refund into promise that the sequence wants. */
+static uint64_t refund_to(struct sequence *sequence, uint64_t bytes)
+{
+	struct meta_seq *meta = sequence->meta;
+	uint64_t back = meta->want < bytes ? meta->want : bytes;
+
+	meta->want -= back;
+	meta->promised += back;
+	return back;
+}
+
+/* What lenders get out of a refund of `bytes`. */
+static uint64_t repay(struct space *space, uint64_t bytes)
+{
+	uint64_t back = 0;
+
+	for (uint32_t i = 0; i < space->part.worker->max_sequences && back < bytes && back < space->lent; i++)
+		if (space->sequences[i])
+			back += refund_to(space->sequences[i], bytes - back);
+	space->lent = back && back < space->lent ? space->lent - back : 0;
+	return back;
+}
+
 static void unmapped_done(struct extent_batch *batch)
 {
 	struct request *request = batch->user;
@@ -228,15 +251,10 @@ static void unmapped_done(struct extent_batch *batch)
 	while (!list_empty(&batch->extents)) {
 		struct extent *extent = list_entry(batch->extents.next, struct extent, node);
 		struct sequence *sequence = find_sequence(space, extent->refund_seq);
-		uint64_t back = 0;
+		uint64_t bytes = extent->meta->bytes, back = sequence ? refund_to(sequence, bytes) : 0;
 
-		if (sequence) {
-			struct meta_seq *meta = sequence->meta;
-
-			back = meta->want < extent->meta->bytes ? meta->want : extent->meta->bytes;
-			meta->want -= back;
-			meta->promised += back;
-		}
+		if (space->lent)
+			back += repay(space, bytes - back);
 		extent_release(batch->pool, extent, back);
 	}
 	(void)extent_batch_free(batch);
@@ -338,6 +356,11 @@ struct grow {
 	uint64_t drawn;
 };
 
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
 static int announce(struct space *space, struct extent_batch *batch)
 {
 	struct extent *extents[64];
@@ -385,41 +408,73 @@ static void grown(struct extent_batch *batch)
 	if (space_job_ended(space))
 		return;
 	if (status < 0)
-		request_fail(
-			request, status, "%s: memory of the host: %s", space->tenant->quota.name, strerror(-status));
-	else
-		grow.again(request);
+		(void)snprintf(request->text, sizeof(request->text), "%s: memory of the host: %s",
+			space->tenant->quota.name, strerror(-status));
+	request->grow_status = status;
+	grow.again(request);
 }
 
 /* The batch could not even be filled: undo the charge. */
-static int undo_grow(struct request *request, struct extent_batch *batch, struct grow *grow, uint64_t bytes, int status)
+static int undo_grow(struct request *request, struct extent_batch *batch, uint64_t bytes, uint64_t drawn, int status)
 {
 	struct space *space = request->space;
-	uint64_t filled = batch ? batch->count * space->arena->extent_size : 0, back;
+	uint64_t rest = bytes - (batch ? batch->count * space->arena->extent_size : 0);
+	uint64_t back = drawn < rest ? drawn : rest;
 
-	if (batch)
-		while (!list_empty(&batch->extents))
-			extent_release(space->pool, list_entry(batch->extents.next, struct extent, node), 0);
-	back = grow && grow->drawn < bytes - filled ? grow->drawn : 0;
-	quota_refund_to_promise(&space->tenant->quota, bytes - filled, back);
+	quota_refund_to_promise(&space->tenant->quota, rest, back);
 	request->sequence->meta->promised += back;
+	if (batch)
+		release_failed(batch, drawn - back, request->sequence);
 	(void)extent_batch_free(batch);
-	free(grow);
 	(void)snprintf(request->text, sizeof(request->text), "%s: extents of %" PRIu64 " bytes: %s",
 		space->tenant->quota.name, bytes, strerror(-status));
 	return status;
+}
+
+/*
+ * Sequences share extents, so one may need the extent that another's promise stands for, having filled
+ * the one that came out of its own together with the other. Moves that much promise to the borrower, or none.
+ */
+static void borrow(struct sequence *borrower, uint64_t bytes)
+{
+	struct space *space = borrower->space;
+	uint32_t count = space->part.worker->max_sequences;
+	uint64_t left = bytes;
+
+	for (uint32_t i = 0; i < count && left; i++)
+		if (space->sequences[i] && space->sequences[i] != borrower)
+			left -= min_u64(left, space->sequences[i]->meta->promised);
+	if (left)
+		return;
+	for (uint32_t i = 0; i < count && left < bytes; i++) {
+		struct meta_seq *lender = space->sequences[i] ? space->sequences[i]->meta : NULL;
+		uint64_t take;
+
+		if (!lender || space->sequences[i] == borrower)
+			continue;
+		take = min_u64(bytes - left, lender->promised);
+		lender->promised -= take;
+		lender->want += take;
+		left += take;
+	}
+	borrower->meta->promised += bytes;
+	space->lent += bytes;
 }
 
 int space_try_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *))
 {
 	struct space *space = request->space;
 	struct meta_seq *meta = request->sequence->meta;
-	uint64_t bytes = extents * (uint64_t)space->arena->extent_size;
-	uint64_t drawn = meta->promised < bytes ? meta->promised : bytes;
+	uint64_t bytes = extents * (uint64_t)space->arena->extent_size, drawn = min_u64(meta->promised, bytes);
+	uint64_t shortfall = quota_shortfall(&space->tenant->quota, bytes, drawn);
 	struct extent_batch *batch;
 	struct grow *grow;
-	int r = quota_charge(&space->tenant->quota, bytes, drawn, what, request->text);
+	int r;
 
+	if (shortfall && shortfall <= bytes - drawn)
+		borrow(request->sequence, shortfall);
+	drawn = min_u64(meta->promised, bytes);
+	r = quota_charge(&space->tenant->quota, bytes, drawn, what, request->text);
 	if (r < 0)
 		return r;
 	meta->promised -= drawn;
@@ -430,8 +485,10 @@ int space_try_grow(struct request *request, uint32_t extents, const char *what, 
 	r = grow && batch ? extent_batch_add_new(batch, space->arena, &space->tenant->quota, space->tenant->index,
 				    space->index, extents)
 			  : -ENOMEM;
-	if (r < 0)
-		return undo_grow(request, batch, grow, bytes, r);
+	if (r < 0) {
+		free(grow);
+		return undo_grow(request, batch, bytes, drawn, r);
+	}
 	space->jobs++;
 	extent_batch_create(batch);
 	return 0;

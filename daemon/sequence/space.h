@@ -76,7 +76,8 @@ struct space {
 	struct list evict_queue;
 	struct request *evicting;
 	uint64_t evict_reserve; /* free blocks that only the eviction under way may take */
-	unsigned jobs;          /* requests and batches on the executor */
+	uint64_t lent; /* promised bytes that a sequence drew in another's stead, to come back out of refunds */
+	unsigned jobs; /* requests and batches on the executor */
 	atomic_bool dying;
 	bool closing; /* everything is on its way back */
 	const struct space_ops *ops;

@@ -10,7 +10,7 @@
 
 #include "control.pb-c.h"
 #include "daemon/base/log.h"
-#include "daemon/base/size.h"
+#include "proto/size.h"
 #include "daemon/metrics/audit.h"
 #include "daemon/session/worker.h"
 #include "proto/frame.h"
@@ -301,19 +301,20 @@ static void on_budget(struct admin_peer *peer, uint64_t id, const char *name, co
 {
 	struct tenant *tenant = server_tenant(peer->admin->server, name);
 	uint64_t pool_size = peer->admin->server->pool->quota.account->max;
-	char text[256], asked[SIZE_TEXT], limit[SIZE_TEXT];
+	char text[256], asked[KVG_SIZE_TEXT], limit[KVG_SIZE_TEXT];
 
 	if (!tenant) {
 		(void)snprintf(text, sizeof(text), "tenant %s: there is no such tenant", name);
 		reply_error(peer, id, -ENOENT, text);
 	} else if (device_max && *device_max > pool_size) {
 		(void)snprintf(text, sizeof(text), "tenant %s: device.max %s is more than the pool's %s", name,
-			size_format(*device_max, asked), size_format(pool_size, limit));
+			kvg_size_format(*device_max, asked), kvg_size_format(pool_size, limit));
 		reply_error(peer, id, -EINVAL, text);
 	} else {
 		if (device_max) {
-			log_info("tenant %s: device.max %s -> %s", name, size_format(tenant->quota.account->max, limit),
-				size_format(*device_max, asked));
+			log_info("tenant %s: device.max %s -> %s", name,
+				kvg_size_format(tenant->quota.account->max, limit),
+				kvg_size_format(*device_max, asked));
 			tenant->quota.account->max = *device_max;
 		}
 		send_budget(peer, id, tenant);

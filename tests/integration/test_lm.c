@@ -15,15 +15,18 @@
 #include "tests/support/runner.h"
 
 #define LIMIT_MS 600000
-#define MODEL    KVG_DATA "/pilot-lm"
-#define GATE     KVG_DATA "/pilot-lm/gate.safetensors"
-#define NEEDLES  KVG_DATA "/pilot-lm/needles.jsonl"
 #define CONFIG                                                                                                         \
 	"[pool]\ndevice.size = 64M\nextent_size = 256K\n"                                                              \
 	"[tenant a]\nsocket = a.sock\n[tenant b]\nsocket = b.sock\n[tenant small]\nsocket = small.sock\ndevice.max = " \
 	"4M\n"
 
 #define FEW "6" /* contexts in a sanitizer build */
+
+static const char model[] = KVG_DATA "/pilot-lm";
+static const char gate[] = KVG_DATA "/pilot-lm/gate.safetensors";
+static const char needles[] = KVG_DATA "/pilot-lm/needles.jsonl";
+static const char golden[] = KVG_DATA "/golden/model_golden.safetensors";
+static const char other_gate[] = KVG_DATA "/golden/gate_g4.safetensors";
 
 /* What one evaluation printed. */
 struct figures {
@@ -56,7 +59,7 @@ static void start_lm(
 {
 	char path[FIXTURE_PATH];
 	const char *argv[24] = {
-		KVG_BIN_LM, "--socket", fixture_path(f, socket, path), "--model", MODEL, "--gate", GATE};
+		KVG_BIN_LM, "--socket", fixture_path(f, socket, path), "--model", model, "--gate", gate};
 	size_t n = 7;
 
 	for (size_t i = 0; options[i]; i++) {
@@ -77,7 +80,7 @@ static void run_lm(const struct fixture *f, const char *const options[], struct 
 static void evaluate(
 	const struct fixture *f, const char *ratio, const char *more, const char *value, struct figures *ret)
 {
-	const char *options[12] = {"--needles", NEEDLES, "--json", "--ratio", ratio};
+	const char *options[12] = {"--needles", needles, "--json", "--ratio", ratio};
 	struct process_output output;
 	size_t n = 5;
 
@@ -184,8 +187,7 @@ static void test_logits_agree_with_the_golden_ones(void **state)
 	(void)state;
 	start(&f);
 	for (size_t i = 0; i < 3; i++) {
-		const char *options[] = {
-			"--golden", KVG_DATA "/golden/model_golden.safetensors", "--kv-dtype", dtypes[i], NULL};
+		const char *options[] = {"--golden", golden, "--kv-dtype", dtypes[i], NULL};
 		float difference = -1;
 
 		run_lm(&f, options, &output);
@@ -199,7 +201,7 @@ static void test_logits_agree_with_the_golden_ones(void **state)
 
 static void test_two_workers_of_two_tenants_answer_at_once(void **state)
 {
-	static const char *const options[] = {"--needles", NEEDLES, "--json", "--ratio", "0.3", "--limit", "2", NULL};
+	static const char *const options[] = {"--needles", needles, "--json", "--ratio", "0.3", "--limit", "2", NULL};
 	struct process_program a, b;
 	struct process_output output_a, output_b;
 	struct figures figures_a, figures_b;
@@ -234,7 +236,7 @@ static void assert_one_line(const struct process_output *output, const char *nam
 
 static void test_a_context_beyond_the_budget_is_refused_in_bytes(void **state)
 {
-	static const char *const options[] = {"--needles", NEEDLES, "--ratio", "1.0", "--limit", "1", NULL};
+	static const char *const options[] = {"--needles", needles, "--ratio", "1.0", "--limit", "1", NULL};
 	struct process_program program;
 	struct process_output output;
 	struct fixture f;
@@ -283,7 +285,7 @@ static void refuse_model(const struct fixture *f, const char *config, size_t con
 	write_file(fixture_path(f, "model/config.json", path), config, config_size);
 	write_file(fixture_path(f, "model/model.safetensors", path), weights, weights_size);
 	const char *argv[] = {KVG_BIN_LM, "--socket", fixture_path(f, "state/a.sock", socket), "--model", dir, "--gate",
-		GATE, "--needles", NEEDLES, "--limit", "1", "--ratio", "0.3", NULL};
+		gate, "--needles", needles, "--limit", "1", "--ratio", "0.3", NULL};
 	process_run(argv, LIMIT_MS, &output);
 	assert_one_line(&output, names);
 }
@@ -292,8 +294,8 @@ static void test_bad_models_are_refused_in_one_line(void **state)
 {
 	static uint8_t weights[24u << 20], bad[24u << 20];
 	static char config[4096], other[4096];
-	size_t size = read_file(MODEL "/model.safetensors", weights, sizeof(weights));
-	size_t length = read_file(MODEL "/config.json", (uint8_t *)config, sizeof(config) - 1);
+	size_t size = read_file(KVG_DATA "/pilot-lm/model.safetensors", weights, sizeof(weights));
+	size_t length = read_file(KVG_DATA "/pilot-lm/config.json", (uint8_t *)config, sizeof(config) - 1);
 	struct fixture f;
 	uint64_t lie = 1ull << 60;
 	char *at;
@@ -337,9 +339,8 @@ static void test_a_gate_of_another_geometry_is_refused(void **state)
 
 	(void)state;
 	start(&f);
-	const char *argv[] = {KVG_BIN_LM, "--socket", fixture_path(&f, "state/a.sock", socket), "--model", MODEL,
-		"--gate", KVG_DATA "/golden/gate_g4.safetensors", "--needles", NEEDLES, "--limit", "1", "--ratio",
-		"0.3", NULL};
+	const char *argv[] = {KVG_BIN_LM, "--socket", fixture_path(&f, "state/a.sock", socket), "--model", model,
+		"--gate", other_gate, "--needles", needles, "--limit", "1", "--ratio", "0.3", NULL};
 	process_run(argv, LIMIT_MS, &output);
 	assert_one_line(&output, "gate");
 	stop(&f);
@@ -347,8 +348,8 @@ static void test_a_gate_of_another_geometry_is_refused(void **state)
 
 static void test_no_daemon_is_one_line(void **state)
 {
-	const char *argv[] = {KVG_BIN_LM, "--socket", "/nonexistent/a.sock", "--model", MODEL, "--gate", GATE,
-		"--needles", NEEDLES, "--ratio", "0.3", NULL};
+	const char *argv[] = {KVG_BIN_LM, "--socket", "/nonexistent/a.sock", "--model", model, "--gate", gate,
+		"--needles", needles, "--ratio", "0.3", NULL};
 	struct process_output output;
 
 	(void)state;

@@ -3,7 +3,7 @@
 # that are named exist, relative links lead somewhere. Usage: test_readme.sh BUILD_FOLDER SOURCE_FOLDER
 #
 # README.md's blocks marked sh run as one script, in a folder that has build/ and tests/ as the source folder does.
-# Each line of its blocks marked text must be in the output, but for numbers, spaces and the folder of a path.
+# Each line of its blocks marked text must be in the output; numbers, spaces and the folder of a path may differ.
 set -euo pipefail
 export LC_ALL=C
 
@@ -52,9 +52,9 @@ run_quick_start() {
 		echo 'set -euo pipefail; trap "jobs -p >\"\$TMPDIR/../left\"" EXIT'
 		blocks "$source/README.md" sh
 	} >"$dir/script"
-	(cd "$dir/top" && TMPDIR="$dir/tmp" bash "$dir/script") >"$dir/output" 2>&1 ||
+	(cd "$dir/top" && TMPDIR="$dir/tmp" timeout 200 bash "$dir/script") >"$dir/output" 2>&1 ||
 		complain "README.md: its quick start ends with status $?"
-	mapfile -t daemons <"$dir/left"
+	[[ ! -e $dir/left ]] || mapfile -t daemons <"$dir/left"
 	((${#daemons[@]} == 0)) || complain "README.md: its quick start leaves processes: ${daemons[*]}"
 	[[ -z $(ls -A "$dir/tmp") ]] || complain "README.md: its quick start leaves files: $(ls -A "$dir/tmp")"
 	normal <"$dir/output" >"$dir/normal"
@@ -76,7 +76,7 @@ code() {
 }
 
 # Code to lines "program word": each option with the program before it ("any" when nothing is before it), and the
-# word that follows kvgatectl or kvgate-bench at once. What belongs to other people's programs is left out.
+# word that follows kvgatectl or kvgate-bench at once. What other programs are given is left out.
 uses() {
 	awk '{
 		gsub(/\||;|&&|\|\|/, " ; ")
@@ -104,12 +104,17 @@ uses() {
 	}'
 }
 
-help_of() {
-	case $1 in
-	tools/demo | tests/run) "$source/$1" --help ;;
-	any) for program in kvgated kvgatectl kvgate-lm kvgate-bench; do "$build/bin/$program" --help; done ;;
-	*) "$build/bin/$1" --help ;;
-	esac
+save_help() {
+	local program
+
+	for program in kvgated kvgatectl kvgate-lm kvgate-bench; do
+		"$build/bin/$program" --help >"$dir/help.$program"
+	done
+	for program in tools/demo tests/run; do
+		"$source/$program" --help >"$dir/help.${program#*/}"
+	done
+	cat "$dir"/help.* >"$dir/all"
+	mv "$dir/all" "$dir/help.any"
 }
 
 check_uses() {
@@ -117,7 +122,7 @@ check_uses() {
 
 	while read -r program word; do
 		checked=$((checked + 1))
-		help_of "$program" | grep -qE -- "(^|[^-a-z])$word([^-a-z]|$)" ||
+		grep -qE -- "(^|[^-a-z])$word([^-a-z]|$)" "$dir/help.${program#*/}" ||
 			complain "${file#"$source/"}: $program has no '$word'"
 	done < <(code "$file" | uses | sort -u)
 }
@@ -135,6 +140,7 @@ check_links() {
 
 checked=0 links=0
 run_quick_start
+save_help
 for file in "$source"/*.md "$source"/docs/*.md; do
 	check_uses "$file"
 	check_links "$file"

@@ -13,7 +13,8 @@ skip() {
 }
 
 [ "$(id -u)" = 0 ] || skip "needs root for a PID namespace"
-[ -x "$manager" ] && command -v systemctl >/dev/null || skip "no systemd here"
+[ -x "$manager" ] || skip "no $manager"
+command -v systemctl >/dev/null || skip "no systemctl"
 unshare --fork --pid --mount --mount-proc --kill-child true 2>/dev/null || skip "no PID namespace here"
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/kvg-systemd.XXXXXX")

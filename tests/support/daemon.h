@@ -20,7 +20,7 @@
 #define FIXTURE_WAIT_MS 20000
 
 struct fixture {
-	char dir[FIXTURE_PATH]; /* private folder, mode 0700; removed by fixture_stop() */
+	char dir[FIXTURE_PATH]; /* private folder, mode 0700; a failed test leaves it behind, with the log */
 	pid_t pid;              /* of the daemon; 0: not running */
 	int notify;             /* the datagram socket that the daemon reports its readiness to */
 	uid_t uid;              /* of the daemon; 0: the test's own */

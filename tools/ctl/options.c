@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "tools/ctl/size.h"
+#include "proto/size.h"
 
 static const char budget_key[] = "device.max=";
 
@@ -45,7 +45,7 @@ static int parse_budget(const char *word, struct command_arguments *ret, char te
 
 	if (strncmp(word, budget_key, sizeof(budget_key) - 1) != 0)
 		return usage(text, "budget '%.64s': expected %sSIZE", word, budget_key);
-	r = ctl_size_parse(value, &ret->device_max);
+	r = kvg_size_parse(value, &ret->device_max);
 	if (r == -ERANGE)
 		return usage(text, "%s%.64s: larger than 4 EiB", budget_key, value);
 	if (r < 0)

@@ -8,7 +8,7 @@
 
 #include "proto/kvgate_abi.h"
 #include "tools/ctl/fields.h"
-#include "tools/ctl/size.h"
+#include "proto/size.h"
 
 static void cleanup_table(struct libscols_table **table)
 {
@@ -53,7 +53,7 @@ int table_cell(const ProtobufCMessage *message, const struct column *column, cha
 {
 	struct field field;
 	int r = field_named(message, column->field, &field);
-	char size[CTL_SIZE_TEXT];
+	char size[KVG_SIZE_TEXT];
 
 	if (r < 0)
 		return r;
@@ -69,7 +69,7 @@ int table_cell(const ProtobufCMessage *message, const struct column *column, cha
 		(void)snprintf(text, TABLE_CELL, "%" PRIu64, field_uint(&field, 0));
 		break;
 	case COLUMN_SIZE:
-		(void)snprintf(text, TABLE_CELL, "%s", ctl_size_format(field_uint(&field, 0), size));
+		(void)snprintf(text, TABLE_CELL, "%s", kvg_size_format(field_uint(&field, 0), size));
 		break;
 	case COLUMN_DURATION:
 		format_duration(field_uint(&field, 0), text);

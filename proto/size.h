@@ -8,12 +8,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SIZE_TEXT 32
+#define KVG_SIZE_TEXT 32
 
 /* 0, or -EINVAL for anything that is not a size, -ERANGE above 2^62. */
-int size_parse(const char *text, uint64_t *ret);
+int kvg_size_parse(const char *text, uint64_t *ret);
 
 /* Writes "8.0 GiB" (exact bytes below 1 KiB: "512 B") into text and returns it. */
-char *size_format(uint64_t bytes, char text[SIZE_TEXT]);
+char *kvg_size_format(uint64_t bytes, char text[KVG_SIZE_TEXT]);
 
 #endif

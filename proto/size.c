@@ -1,4 +1,4 @@
-#include "daemon/base/size.h"
+#include "proto/size.h"
 
 #include <ctype.h>
 #include <errno.h>
@@ -40,7 +40,7 @@ static int parse_unit(const char *text)
 	return 10 * (int)(unit - SIZE_UNITS + 1);
 }
 
-int size_parse(const char *text, uint64_t *ret)
+int kvg_size_parse(const char *text, uint64_t *ret)
 {
 	uint64_t whole, fraction = 0, scale = 1;
 	int count, digits = 0, shift;
@@ -70,7 +70,7 @@ int size_parse(const char *text, uint64_t *ret)
 	return 0;
 }
 
-char *size_format(uint64_t bytes, char text[SIZE_TEXT])
+char *kvg_size_format(uint64_t bytes, char text[KVG_SIZE_TEXT])
 {
 	unsigned unit = 0, shift;
 
@@ -78,9 +78,9 @@ char *size_format(uint64_t bytes, char text[SIZE_TEXT])
 		unit++;
 	shift = 10 * unit;
 	if (unit == 0)
-		(void)snprintf(text, SIZE_TEXT, "%u B", (unsigned)bytes);
+		(void)snprintf(text, KVG_SIZE_TEXT, "%u B", (unsigned)bytes);
 	else
-		(void)snprintf(text, SIZE_TEXT, "%u.%u %ciB", (unsigned)(bytes >> shift),
+		(void)snprintf(text, KVG_SIZE_TEXT, "%u.%u %ciB", (unsigned)(bytes >> shift),
 			(unsigned)(((bytes & ((UINT64_C(1) << shift) - 1)) * 10) >> shift), SIZE_UNITS[unit - 1]);
 	return text;
 }

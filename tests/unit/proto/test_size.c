@@ -1,4 +1,4 @@
-#include "daemon/base/size.h"
+#include "proto/size.h"
 
 #include <errno.h>
 
@@ -32,7 +32,7 @@ static void test_parse(void **state)
 	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
 		uint64_t bytes = 1;
 
-		if (size_parse(cases[i].text, &bytes) != 0 || bytes != cases[i].bytes)
+		if (kvg_size_parse(cases[i].text, &bytes) != 0 || bytes != cases[i].bytes)
 			fail_msg("%s: %llu", cases[i].text, (unsigned long long)bytes);
 	}
 }
@@ -70,7 +70,7 @@ static void test_refused(void **state)
 	(void)state;
 	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
 		uint64_t bytes = 77;
-		int r = size_parse(cases[i].text, &bytes);
+		int r = kvg_size_parse(cases[i].text, &bytes);
 
 		if (r != cases[i].error || (r < 0 && bytes != 77))
 			fail_msg("'%s': %d, not %d", cases[i].text, r, cases[i].error);
@@ -93,22 +93,22 @@ static void test_format(void **state)
 		{UINT64_C(1) << 62, "4.0 EiB"},
 		{UINT64_MAX, "15.9 EiB"},
 	};
-	char text[SIZE_TEXT];
+	char text[KVG_SIZE_TEXT];
 
 	(void)state;
 	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
-		assert_string_equal(size_format(cases[i].bytes, text), cases[i].text);
+		assert_string_equal(kvg_size_format(cases[i].bytes, text), cases[i].text);
 }
 
 static void test_there_and_back(void **state)
 {
-	char text[SIZE_TEXT];
+	char text[KVG_SIZE_TEXT];
 
 	(void)state;
 	for (unsigned shift = 0; shift <= 62; shift++) {
 		uint64_t bytes;
 
-		assert_int_equal(size_parse(size_format(UINT64_C(1) << shift, text), &bytes), 0);
+		assert_int_equal(kvg_size_parse(kvg_size_format(UINT64_C(1) << shift, text), &bytes), 0);
 		assert_int_equal(bytes, UINT64_C(1) << shift);
 	}
 }
