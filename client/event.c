@@ -64,7 +64,8 @@ static int handle_event(struct kvg_client *client, const Kvg__WorkerReply *messa
 	case KVG__WORKER_REPLY__BODY_GOODBYE:
 		return client_break(client, -EPIPE, "daemon ended the connection: %s", message->goodbye->reason);
 	case KVG__WORKER_REPLY__BODY_ERROR:
-		return client_break(client, -EPIPE, "daemon: %s", message->error->text);
+		return client_break(client, message->error->status < 0 ? message->error->status : -EPIPE, "%s",
+			message->error->text);
 	default:
 		return client_break(client, -EPROTO, "daemon: event of unknown type %d", (int)message->body_case);
 	}
@@ -96,6 +97,9 @@ int client_receive(struct kvg_client *client)
 	while (r == 0) {
 		int got = kvg_frame_receive(client->socket, KVG_FRAME_MAX, KVG_FRAME_FDS, 1, &frame);
 
+		/* Told once, before what the daemon said last. */
+		if (got == -ECONNRESET)
+			got = kvg_frame_receive(client->socket, KVG_FRAME_MAX, KVG_FRAME_FDS, 1, &frame);
 		if (got == -EAGAIN)
 			break;
 		if (got == 0 || got == -ECONNRESET)

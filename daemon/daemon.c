@@ -46,6 +46,13 @@ static void accept_worker(void *user, int fd, const struct ucred *peer)
 		log_error("%s: no memory for a connection", endpoint->path);
 }
 
+static void refuse_worker(void *user, int fd, const struct ucred *peer)
+{
+	const struct endpoint *endpoint = user;
+
+	worker_refuse(endpoint->tenant, fd, peer);
+}
+
 /* ---- state directory and paths ---- */
 
 static int take_lock(struct daemon *daemon)
@@ -91,7 +98,8 @@ static int listen_tenant(struct daemon *daemon, size_t index)
 		.owner = (uid_t)-1,
 		.group = (gid_t)-1,
 		.uids = config->uids,
-		.uid_count = config->uid_count};
+		.uid_count = config->uid_count,
+		.refuse = refuse_worker};
 	char text[LISTENER_TEXT];
 	int r;
 

@@ -142,10 +142,11 @@ static void close_now(struct space *space)
 	if (!batch)
 		abort(); /* 100 bytes were not to be had: the service manager starts us again */
 	space->closing = true;
-	drop_sequences(space);
+	/* Extents leave the sequences' lists before those go. */
 	move_all(&space->blocks.extents, &batch->extents);
 	move_all(&space->blocks.spare, &batch->extents);
 	move_all(&space->dropped, &batch->extents);
+	drop_sequences(space);
 	extent_batch_destroy(batch);
 }
 

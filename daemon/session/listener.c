@@ -22,6 +22,7 @@ struct listener {
 	size_t uid_count;
 	struct loop_watch *watch;
 	listener_accept accept;
+	listener_refuse refuse;
 	void *user;
 };
 
@@ -40,6 +41,8 @@ static void accept_one(struct listener *listener, int fd)
 
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 || !may_connect(listener, peer.uid)) {
 		log_warning("%s: uid %u (pid %d) is not allowed", listener->path, peer.uid, peer.pid);
+		if (listener->refuse)
+			listener->refuse(listener->user, fd, &peer);
 		(void)close(fd);
 		return;
 	}
@@ -133,7 +136,7 @@ int listener_new(struct loop *loop, const struct listener_options *options, list
 
 	if (!listener)
 		return -ENOMEM;
-	*listener = (struct listener){.fd = -1, .accept = accept, .user = user};
+	*listener = (struct listener){.fd = -1, .accept = accept, .refuse = options->refuse, .user = user};
 	r = copy_uids(listener, options);
 	if (r >= 0)
 		r = bind_listener(listener, options);

@@ -16,6 +16,9 @@
 /* Takes an accepted connection: owns fd. */
 typedef void (*listener_accept)(void *user, int fd, const struct ucred *peer);
 
+/* Tells a peer whose uid is not allowed; fd is closed afterwards by the caller. */
+typedef void (*listener_refuse)(void *user, int fd, const struct ucred *peer);
+
 struct listener_options {
 	const char *path;
 	mode_t mode;
@@ -23,6 +26,7 @@ struct listener_options {
 	gid_t group;       /* (gid_t)-1: leave */
 	const uid_t *uids; /* who may connect; empty: whoever the mode lets in */
 	size_t uid_count;
+	listener_refuse refuse; /* or NULL */
 };
 
 struct listener;

@@ -302,6 +302,24 @@ int worker_new(struct server *server, struct tenant *tenant, int fd, const struc
 	return r;
 }
 
+void worker_refuse(const struct tenant *tenant, int fd, const struct ucred *peer)
+{
+	Kvg__Error error = KVG__ERROR__INIT;
+	Kvg__WorkerReply reply = KVG__WORKER_REPLY__INIT;
+	struct outbox outbox;
+	char text[KVG_TEXT_SIZE];
+
+	(void)snprintf(
+		text, sizeof(text), "%s: uid %u is not among the uids that may connect", tenant->quota.name, peer->uid);
+	error.status = -EACCES;
+	error.text = text;
+	reply.body_case = KVG__WORKER_REPLY__BODY_ERROR;
+	reply.error = &error;
+	outbox_init(&outbox, fd);
+	(void)outbox_send(&outbox, &reply.base, NULL, 0);
+	outbox_deinit(&outbox);
+}
+
 int worker_open_rings(struct worker *worker, uint32_t entries)
 {
 	int r = ring_init(&worker->ring, entries);

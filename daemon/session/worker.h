@@ -46,6 +46,9 @@ struct worker {
 /* Takes an accepted connection. On failure the descriptor is closed. */
 int worker_new(struct server *server, struct tenant *tenant, int fd, const struct ucred *peer);
 
+/* Tells a peer that it may not connect to a tenant's socket. Does not take fd. */
+void worker_refuse(const struct tenant *tenant, int fd, const struct ucred *peer);
+
 /* Ends a worker. reason NULL: it went by itself and is not told. */
 void worker_kill(struct worker *worker, const char *reason);
 
