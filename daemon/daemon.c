@@ -42,6 +42,12 @@ static void accept_worker(void *user, int fd, const struct ucred *peer)
 {
 	struct endpoint *endpoint = user;
 
+	if (endpoint->tenant->workers >= WORKER_CONNECTIONS) {
+		worker_refuse(fd, -EUSERS, "%s: %u connections, at most %u", endpoint->tenant->quota.name,
+			endpoint->tenant->workers, WORKER_CONNECTIONS);
+		(void)close(fd);
+		return;
+	}
 	if (worker_new(endpoint->server, endpoint->tenant, fd, peer) < 0)
 		log_error("%s: no memory for a connection", endpoint->path);
 }
@@ -50,7 +56,8 @@ static void refuse_worker(void *user, int fd, const struct ucred *peer)
 {
 	const struct endpoint *endpoint = user;
 
-	worker_refuse(endpoint->tenant, fd, peer);
+	worker_refuse(fd, -EACCES, "%s: uid %u is not among the uids that may connect", endpoint->tenant->quota.name,
+		peer->uid);
 }
 
 /* ---- state directory and paths ---- */
@@ -310,8 +317,10 @@ int daemon_run(const struct config *config, const struct daemon_options *options
 	if (r >= 0) {
 		announce(&daemon);
 		r = loop_run(daemon.server.loop);
-		if (r < 0)
+		if (r < 0) {
 			log_error("io_uring: %s", strerror(-r));
+			return EXIT_FAILURE; /* nothing can be taken down in order without the loop */
+		}
 	}
 	stop(&daemon);
 	return r < 0 ? EXIT_FAILURE : EXIT_SUCCESS;

@@ -69,15 +69,29 @@ int kvg_frame_send(int socket, const void *data, size_t size, const int *fds, un
 	return send_packet(socket, (void *)(uintptr_t)data, size, fds, fd_count);
 }
 
-static void close_fds(const int *fds, unsigned count)
+/* Who closes the descriptors of a frame. */
+struct closer {
+	kvg_frame_close close;
+	void *user;
+};
+
+static void close_one(const struct closer *closer, int fd)
+{
+	if (closer->close)
+		closer->close(closer->user, fd);
+	else
+		(void)close(fd);
+}
+
+static void close_fds(const struct closer *closer, const int *fds, unsigned count)
 {
 	for (unsigned i = 0; i < count; i++)
 		if (fds[i] >= 0)
-			(void)close(fds[i]);
+			close_one(closer, fds[i]);
 }
 
 /* Takes the descriptors out of a received message; all has room for what union control can carry. */
-static unsigned take_fds(struct msghdr *message, int *all, unsigned room)
+static unsigned take_fds(const struct closer *closer, struct msghdr *message, int *all, unsigned room)
 {
 	unsigned count = 0;
 
@@ -93,7 +107,7 @@ static unsigned take_fds(struct msghdr *message, int *all, unsigned room)
 			if (count < room)
 				all[count++] = fd;
 			else
-				(void)close(fd);
+				close_one(closer, fd);
 		}
 	}
 	return count;
@@ -133,7 +147,8 @@ static int read_oversize(int fd, const uint8_t *packet, uint8_t **ret_data, size
 }
 
 /* Receives a packet of `size` bytes, known from a look ahead. all[] gets its descriptors, also on errors. */
-static int receive_packet(int socket, uint8_t *data, size_t size, int *all, unsigned room, unsigned *ret_count)
+static int receive_packet(const struct closer *closer, int socket, uint8_t *data, size_t size, int *all, unsigned room,
+	unsigned *ret_count)
 {
 	union control control;
 	struct iovec iov = {.iov_base = data, .iov_len = size};
@@ -143,7 +158,7 @@ static int receive_packet(int socket, uint8_t *data, size_t size, int *all, unsi
 
 	if (n < 0)
 		return -errno;
-	*ret_count = take_fds(&message, all, room);
+	*ret_count = take_fds(closer, &message, all, room);
 	if (message.msg_flags & MSG_CTRUNC)
 		return -ETOOMANYREFS;
 	if (message.msg_flags & MSG_TRUNC)
@@ -152,10 +167,10 @@ static int receive_packet(int socket, uint8_t *data, size_t size, int *all, unsi
 }
 
 /* Makes the frame of a packet and its descriptors; takes *data over on success. */
-static int build_frame(
-	uint8_t *data, size_t size, int *all, unsigned count, unsigned max_fds, bool large, struct kvg_frame *ret)
+static int build_frame(const struct closer *closer, uint8_t *data, size_t size, int *all, unsigned count,
+	unsigned max_fds, bool large, struct kvg_frame *ret)
 {
-	struct kvg_frame frame = {.data = data, .size = size};
+	struct kvg_frame frame = {.data = data, .size = size, .close = closer->close, .close_user = closer->user};
 	unsigned first = 0;
 
 	if (large && count && size == OVERSIZE_BYTES && data[0] == KVG_FRAME_OVERSIZE) {
@@ -183,6 +198,13 @@ static int build_frame(
 
 int kvg_frame_receive(int socket, size_t max_size, unsigned max_fds, int allow_large, struct kvg_frame *ret)
 {
+	return kvg_frame_receive_with(socket, max_size, max_fds, allow_large, NULL, NULL, ret);
+}
+
+int kvg_frame_receive_with(int socket, size_t max_size, unsigned max_fds, int allow_large, kvg_frame_close close_fd,
+	void *user, struct kvg_frame *ret)
+{
+	const struct closer closer = {.close = close_fd, .user = user};
 	int all[KVG_FRAME_FDS + 2];
 	unsigned count = 0;
 	uint8_t *data, none;
@@ -197,18 +219,18 @@ int kvg_frame_receive(int socket, size_t max_size, unsigned max_fds, int allow_l
 	if (size < 0)
 		return -errno;
 	if (size == 0 || (size_t)size > max_size) {
-		r = receive_packet(socket, &none, 0, all, sizeof(all) / sizeof(*all), &count);
-		close_fds(all, count);
+		r = receive_packet(&closer, socket, &none, 0, all, sizeof(all) / sizeof(*all), &count);
+		close_fds(&closer, all, count);
 		return size ? -EMSGSIZE : (r == -ETOOMANYREFS ? r : 0);
 	}
 	data = malloc((size_t)size);
 	if (!data)
 		return -ENOMEM;
-	r = receive_packet(socket, data, (size_t)size, all, sizeof(all) / sizeof(*all), &count);
+	r = receive_packet(&closer, socket, data, (size_t)size, all, sizeof(all) / sizeof(*all), &count);
 	if (r == 0)
-		r = build_frame(data, (size_t)size, all, count, max_fds, allow_large, ret);
+		r = build_frame(&closer, data, (size_t)size, all, count, max_fds, allow_large, ret);
 	if (r < 0) {
-		close_fds(all, count);
+		close_fds(&closer, all, count);
 		free(data);
 	}
 	return r;
@@ -216,7 +238,9 @@ int kvg_frame_receive(int socket, size_t max_size, unsigned max_fds, int allow_l
 
 void kvg_frame_deinit(struct kvg_frame *frame)
 {
-	close_fds(frame->fds, frame->fd_count);
+	const struct closer closer = {.close = frame->close, .user = frame->close_user};
+
+	close_fds(&closer, frame->fds, frame->fd_count);
 	frame->fd_count = 0;
 	free(frame->data);
 	frame->data = NULL;

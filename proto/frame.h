@@ -19,11 +19,16 @@
 #define KVG_FRAME_FDS       64u                   /* descriptors of a packet */
 #define KVG_FRAME_OVERSIZE  0x79u                 /* first byte of a packet that stands for a message in a memfd */
 
+/* How received descriptors are closed that nobody took; NULL: close(2). */
+typedef void (*kvg_frame_close)(void *user, int fd);
+
 struct kvg_frame {
 	uint8_t *data; /* owned; NULL after kvg_frame_deinit() */
 	size_t size;
 	int fds[KVG_FRAME_FDS]; /* owned; a taker sets its entry to -1 */
 	unsigned fd_count;
+	kvg_frame_close close;
+	void *close_user;
 };
 
 /* Sends one message. 0; -EAGAIN when the peer's buffer is full; another negative errno when the connection is gone. */
@@ -38,6 +43,10 @@ int kvg_frame_send(int socket, const void *data, size_t size, const int *fds, un
  * received has been closed. allow_large: messages in memfds are accepted.
  */
 int kvg_frame_receive(int socket, size_t max_size, unsigned max_fds, int allow_large, struct kvg_frame *ret);
+
+/* The same with a way of its own to close descriptors, here and in kvg_frame_deinit(). */
+int kvg_frame_receive_with(int socket, size_t max_size, unsigned max_fds, int allow_large, kvg_frame_close close,
+	void *user, struct kvg_frame *ret);
 
 /* Frees the data and closes what is left of the descriptors. */
 void kvg_frame_deinit(struct kvg_frame *frame);

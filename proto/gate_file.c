@@ -159,6 +159,14 @@ static int read_shape(const struct reader *reader, struct kvg_gate_shape *ret)
 	return 0;
 }
 
+int kvg_gate_shape_read(const struct kvg_safetensors *file, const char *prefix, struct kvg_gate_shape *ret, char *text,
+	size_t text_size)
+{
+	const struct reader reader = {.file = file, .prefix = prefix, .text = text, .text_size = text_size};
+
+	return read_shape(&reader, ret);
+}
+
 int kvg_gate_tensors_read(const struct kvg_safetensors *file, const char *prefix, struct kvg_gate_tensors *ret,
 	char *text, size_t text_size)
 {

@@ -24,6 +24,11 @@ struct kvg_gate_tensors {
 	float *wq, *bq, *wk, *b, *q_norm, *k_norm, *k_base;
 };
 
+/* The shape of one layer as its tensors' dimensions say, before any data is looked at. 0 or a negative errno with text.
+ */
+int kvg_gate_shape_read(const struct kvg_safetensors *file, const char *prefix, struct kvg_gate_shape *ret, char *text,
+	size_t text_size);
+
 /*
  * Reads one layer; prefix is "" or "layers.3.". The shape is derived from the
  * tensors and checked between them. 0 or a negative errno with text.

@@ -139,6 +139,17 @@ static struct io_uring_sqe *loop_sqe(struct loop *loop)
 	return sqe;
 }
 
+void loop_close_fd(struct loop *loop, int fd)
+{
+	struct io_uring_sqe *sqe = loop_sqe(loop);
+
+	if (!sqe)
+		return; /* the loop is about to end, and the process with it */
+	io_uring_prep_close(sqe, fd);
+	io_uring_sqe_set_data(sqe, NULL);
+	loop_submit(loop);
+}
+
 static int watch_arm(struct loop_watch *watch)
 {
 	struct io_uring_sqe *sqe = loop_sqe(watch->loop);

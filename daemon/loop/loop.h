@@ -58,6 +58,12 @@ int loop_poller_add(struct loop *loop, const struct loop_poller_ops *ops, void *
 void loop_poller_remove(struct loop *loop, const struct loop_poller_ops *ops, const void *user);
 void loop_set_spin(struct loop *loop, uint64_t spin_ns);
 
+/*
+ * Closes a descriptor that somebody else made: the kernel does it from a thread of its own where the file has a say
+ * (a FUSE server could keep close(2) waiting).
+ */
+void loop_close_fd(struct loop *loop, int fd);
+
 /* Runs until loop_stop(). 0 or a negative errno of the ring itself. */
 int loop_run(struct loop *loop);
 void loop_stop(struct loop *loop);

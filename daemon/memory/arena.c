@@ -19,6 +19,8 @@ size_t arena_stride(const struct kvg_group *group)
 
 static int arena_fill(struct arena *arena)
 {
+	if ((uint64_t)arena->slots * arena->ids_per_extent > UINT32_MAX)
+		return -EOVERFLOW; /* block ids have 32 bits */
 	arena->extent_of_slot = malloc(arena->slots * sizeof(uint32_t));
 	arena->free_slots = malloc(arena->slots * sizeof(uint32_t));
 	if (!arena->extent_of_slot || !arena->free_slots)

@@ -173,15 +173,15 @@ static void place_part(struct meta_worker *worker, uint64_t at)
 static void point_part(struct meta_part *part)
 {
 	const struct meta_worker *worker = part->worker;
-	uint8_t *base = (uint8_t *)part->base - worker->offset;
+	uint8_t *base = part->base;
 	uint64_t rows = (uint64_t)worker->layers * worker->heads;
 
-	part->seqs = (void *)(base + worker->seqs_offset);
-	part->rows = (void *)(base + worker->rows_offset);
-	part->scored = (void *)(base + worker->scored_offset);
-	part->held = (void *)(base + worker->held_offset);
-	part->runs = (void *)(base + worker->runs_offset);
-	part->redo = (void *)(base + worker->redo_offset);
+	part->seqs = (void *)(base + (worker->seqs_offset - worker->offset));
+	part->rows = (void *)(base + (worker->rows_offset - worker->offset));
+	part->scored = (void *)(base + (worker->scored_offset - worker->offset));
+	part->held = (void *)(base + (worker->held_offset - worker->offset));
+	part->runs = (void *)(base + (worker->runs_offset - worker->offset));
+	part->redo = (void *)(base + (worker->redo_offset - worker->offset));
 	part->redo_rows = (void *)(part->redo + 1);
 	part->moves = (void *)(part->redo_rows + rows);
 	part->relocations = (void *)(part->moves + worker->move_cap);

@@ -32,6 +32,12 @@ enum meta_generation { META_NURSERY = 0, META_HELD = 1 };
 enum meta_redo_state { META_REDO_NONE = 0, META_REDO_PLANNED = 1, META_REDO_MOVED = 2 };
 enum meta_redo_kind { META_REDO_PACK = 0, META_REDO_RELOCATE = 1 };
 
+/*
+ * How far a sequence's eviction is. A successor of the daemon undoes MARKING (marks become score 0 again: nothing has
+ * moved), goes on with MOVING stripe by stripe, and repeats FOLDING, which only sets what it says.
+ */
+enum meta_phase { META_PHASE_NONE = 0, META_PHASE_MARKING = 1, META_PHASE_MOVING = 2, META_PHASE_FOLDING = 3 };
+
 struct meta_header {
 	uint64_t magic;
 	uint32_t version, tenant_count;
@@ -56,6 +62,7 @@ struct meta_worker {
 	uint64_t id; /* 0: unused */
 	uint32_t tenant, uid, pid, reserved0;
 	uint64_t stride;
+	uint64_t promised; /* bytes that its sequences may still draw */
 	uint32_t layers, heads, max_sequences, row_cap, stripe_cap, move_cap;
 	uint64_t offset, size;  /* this worker's range */
 	uint64_t seqs_offset;   /* struct meta_seq [max_sequences] */
@@ -95,10 +102,11 @@ struct meta_seq {
 	uint32_t prune_start;           /* context tokens below it have had their eviction */
 	uint32_t stripe_first, stripes; /* runs [stripe_first, stripes) hold blocks; first is 0 outside of evictions */
 	uint32_t evictions, protected_count;
-	uint64_t pairs;    /* in base_len, over all rows */
-	uint64_t blocks;   /* in use */
-	uint64_t promised; /* bytes not yet drawn */
-	uint64_t want;     /* bytes that refunds of its own extents turn into promise again */
+	uint32_t phase;            /* enum meta_phase */
+	uint32_t next_prune_start; /* prune_start after the eviction under way */
+	uint64_t pairs;            /* in base_len, over all rows */
+	uint64_t blocks;           /* in use */
+	uint64_t admitted;         /* blocks that it may come to have */
 	uint32_t protect_begin[KVG_MAX_PROTECTED], protect_end[KVG_MAX_PROTECTED];
 	struct kvg_policy policy;
 };

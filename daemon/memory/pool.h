@@ -55,7 +55,6 @@ struct extent {
 	struct block_owner *owner; /* whose blocks may be taken from it, see blocks.h */
 	uint8_t *bitmap;
 	struct meta_place *places;
-	uint64_t refund_seq; /* sequence handle whose promise the refund may become, or 0 */
 	uint32_t index;
 	uint32_t free_runs;
 	uint32_t hint;    /* byte of the bitmap to look at first */

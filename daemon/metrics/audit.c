@@ -7,13 +7,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
+#include <unistd.h>
 
 #include "daemon/memory/pool.h"
 
 /* The walk: the metadata as mapped, and what has been counted. */
 struct walk {
-	const uint8_t *base;
+	int fd;
+	const uint8_t *base; /* the fixed part */
 	const struct meta_header *header;
 	const struct meta_tenant *tenants;
 	const struct meta_worker *workers;
@@ -94,28 +95,38 @@ static void see_block(struct walk *walk, uint32_t worker, uint32_t ids_per_exten
 struct sequence_walk {
 	struct walk *walk;
 	uint32_t worker, slot, ids_per_extent;
-	const struct meta_seq *seq;
+	struct meta_seq seq;
+	struct meta_row *rows; /* buffers of the worker */
+	uint32_t *ids;         /* [max(row_cap, rows)] */
 };
+
+/*
+ * A worker's part is read, not mapped: it is mostly holes, and looking at a hole of shared memory
+ * through a mapping would fill it.
+ */
+static bool read_part(const struct walk *walk, uint64_t offset, void *to, uint64_t size)
+{
+	return pread(walk->fd, to, size, (off_t)offset) == (ssize_t)size;
+}
 
 static uint64_t see_row(const struct sequence_walk *at, uint32_t row, uint64_t *pairs)
 {
 	const struct meta_worker *worker = &at->walk->workers[at->worker];
-	size_t index = (size_t)at->slot * worker->layers * worker->heads + row;
-	const struct meta_row *meta =
-		(const struct meta_row *)(const void *)(at->walk->base + worker->rows_offset) + index;
-	const uint32_t *held =
-		(const uint32_t *)(const void *)(at->walk->base + worker->held_offset) + index * worker->row_cap;
+	const struct meta_row *meta = &at->rows[row];
+	uint64_t index = (uint64_t)at->slot * worker->layers * worker->heads + row;
 	uint32_t blocks = meta->held_blocks + meta->pending;
 
 	*pairs += meta->base_len;
-	if (blocks > worker->row_cap || meta->held_len > blocks * KVG_BLOCK_TOKENS) {
+	if (blocks > worker->row_cap || meta->held_len > blocks * KVG_BLOCK_TOKENS ||
+		!read_part(at->walk, worker->held_offset + index * worker->row_cap * sizeof(uint32_t), at->ids,
+			blocks * sizeof(uint32_t))) {
 		differ(at->walk,
 			"worker %" PRIu64 ", sequence slot %u, row %u: %u pairs in %u blocks, room for %u blocks",
 			worker->id, at->slot, row, meta->held_len, blocks, worker->row_cap);
 		return 0;
 	}
 	for (uint32_t i = 0; i < blocks; i++)
-		see_block(at->walk, at->worker, at->ids_per_extent, held[i]);
+		see_block(at->walk, at->worker, at->ids_per_extent, at->ids[i]);
 	return blocks;
 }
 
@@ -123,72 +134,113 @@ static uint64_t see_stripes(const struct sequence_walk *at)
 {
 	const struct meta_worker *worker = &at->walk->workers[at->worker];
 	uint32_t rows = worker->layers * worker->heads;
-	const uint32_t *runs = (const uint32_t *)(const void *)(at->walk->base + worker->runs_offset) +
-			       (size_t)at->slot * worker->stripe_cap * rows;
+	uint64_t blocks = 0;
 
-	for (uint32_t s = at->seq->stripe_first; s < at->seq->stripes; s++)
+	for (uint32_t s = at->seq.stripe_first; s < at->seq.stripes; s++) {
+		uint64_t index = ((uint64_t)at->slot * worker->stripe_cap + s) * rows;
+
+		if (!read_part(
+			    at->walk, worker->runs_offset + index * sizeof(uint32_t), at->ids, rows * sizeof(uint32_t)))
+			continue;
 		for (uint32_t i = 0; i < rows * KVG_RUN_BLOCKS; i++)
 			see_block(at->walk, at->worker, at->ids_per_extent,
-				runs[(size_t)s * rows + i / KVG_RUN_BLOCKS] + i % KVG_RUN_BLOCKS);
-	return (uint64_t)(at->seq->stripes - at->seq->stripe_first) * rows * KVG_RUN_BLOCKS;
+				at->ids[i / KVG_RUN_BLOCKS] + i % KVG_RUN_BLOCKS);
+		blocks += (uint64_t)rows * KVG_RUN_BLOCKS;
+	}
+	return blocks;
 }
 
 /* Blocks that a relocation under way has taken and not yet put in a row. */
 static uint64_t see_relocation(const struct sequence_walk *at)
 {
 	const struct meta_worker *worker = &at->walk->workers[at->worker];
-	const struct meta_redo *redo = (const void *)(at->walk->base + worker->redo_offset);
-	const struct meta_redo_row *rows = (const void *)(redo + 1);
-	const struct meta_move *moves = (const void *)(rows + (size_t)worker->layers * worker->heads);
+	uint64_t offset = worker->redo_offset + sizeof(struct meta_redo) +
+			  (uint64_t)worker->layers * worker->heads * sizeof(struct meta_redo_row);
+	struct meta_redo redo;
+	struct meta_move move;
 
-	if (redo->state == META_REDO_NONE || redo->kind != META_REDO_RELOCATE || redo->seq != at->slot)
+	if (!read_part(at->walk, worker->redo_offset, &redo, sizeof(redo)) || redo.state == META_REDO_NONE ||
+		redo.kind != META_REDO_RELOCATE || redo.seq != at->slot)
 		return 0;
-	for (uint32_t i = 0; i < redo->move_count; i++)
-		see_block(at->walk, at->worker, at->ids_per_extent, moves[i].dst);
-	return redo->move_count;
+	for (uint32_t i = 0; i < redo.move_count; i++)
+		if (read_part(at->walk, offset + i * sizeof(move), &move, sizeof(move)))
+			see_block(at->walk, at->worker, at->ids_per_extent, move.dst);
+	return redo.move_count;
 }
 
 static void see_sequence(const struct sequence_walk *at)
 {
 	const struct meta_worker *worker = &at->walk->workers[at->worker];
+	uint32_t rows = worker->layers * worker->heads;
 	uint64_t blocks, pairs = 0;
 	char object[96];
 
 	(void)snprintf(object, sizeof(object), "worker %" PRIu64 ", sequence slot %u", worker->id, at->slot);
-	if (at->seq->stripe_first > at->seq->stripes || at->seq->stripes > worker->stripe_cap) {
-		differ(at->walk, "%s: stripes %u to %u of %u", object, at->seq->stripe_first, at->seq->stripes,
+	if (at->seq.stripe_first > at->seq.stripes || at->seq.stripes > worker->stripe_cap) {
+		differ(at->walk, "%s: stripes %u to %u of %u", object, at->seq.stripe_first, at->seq.stripes,
 			worker->stripe_cap);
 		return;
 	}
 	blocks = see_stripes(at) + see_relocation(at);
-	for (uint32_t row = 0; row < worker->layers * worker->heads; row++)
+	if (!read_part(at->walk, worker->rows_offset + (uint64_t)at->slot * rows * sizeof(struct meta_row), at->rows,
+		    rows * sizeof(struct meta_row)))
+		differ(at->walk, "%s: its rows cannot be read", object);
+	for (uint32_t row = 0; row < rows; row++)
 		blocks += see_row(at, row, &pairs);
-	expect(at->walk, object, "blocks", blocks, at->seq->blocks);
-	expect(at->walk, object, "pairs", pairs, at->seq->pairs);
-	at->walk->promised[worker->tenant] += at->seq->promised;
+	expect(at->walk, object, "blocks", blocks, at->seq.blocks);
+	expect(at->walk, object, "pairs", pairs, at->seq.pairs);
+}
+
+/* The first slot from `slot` on whose entry may hold something. */
+static uint32_t skip_hole(const struct walk *walk, const struct meta_worker *worker, uint32_t slot)
+{
+	uint64_t offset = worker->seqs_offset + (uint64_t)slot * sizeof(struct meta_seq);
+	off_t data = lseek(walk->fd, (off_t)offset, SEEK_DATA);
+
+	if (data < 0)
+		return worker->max_sequences;
+	return (uint64_t)data <= offset ? slot
+					: (uint32_t)(((uint64_t)data - worker->seqs_offset) / sizeof(struct meta_seq));
+}
+
+static void see_sequences(struct walk *walk, uint32_t index, struct meta_row *rows, uint32_t *ids)
+{
+	const struct meta_worker *worker = &walk->workers[index];
+	size_t extent_size = arena_extent_size(walk->header->extent_size, worker->stride);
+	struct sequence_walk at = {.walk = walk,
+		.worker = index,
+		.ids_per_extent = (uint32_t)(extent_size / worker->stride),
+		.rows = rows,
+		.ids = ids};
+
+	for (at.slot = skip_hole(walk, worker, 0); at.slot < worker->max_sequences;
+		at.slot = skip_hole(walk, worker, at.slot + 1)) {
+		uint64_t offset = worker->seqs_offset + (uint64_t)at.slot * sizeof(at.seq);
+
+		if (read_part(walk, offset, &at.seq, sizeof(at.seq)) && at.seq.epoch)
+			see_sequence(&at);
+	}
 }
 
 static void see_worker(struct walk *walk, uint32_t index)
 {
 	const struct meta_worker *worker = &walk->workers[index];
-	const struct meta_seq *seqs = (const struct meta_seq *)(const void *)(walk->base + worker->seqs_offset);
-	size_t extent_size = arena_extent_size(walk->header->extent_size, worker->stride);
+	uint32_t count = worker->layers * worker->heads, most = count > worker->row_cap ? count : worker->row_cap;
+	struct meta_row *rows = calloc(count, sizeof(*rows));
+	uint32_t *ids = calloc(most, sizeof(*ids));
 
 	for (uint32_t i = 0; i < walk->header->extent_count; i++)
 		walk->extent_of_slot[i] = SLOT_NONE;
 	for (uint32_t i = 0; i < walk->header->extent_count; i++)
 		if (walk->extents[i].state == META_LIVE && walk->extents[i].worker == index)
 			walk->extent_of_slot[walk->extents[i].slot] = i;
-	for (uint32_t slot = 0; slot < worker->max_sequences; slot++) {
-		struct sequence_walk at = {.walk = walk,
-			.worker = index,
-			.slot = slot,
-			.ids_per_extent = (uint32_t)(extent_size / worker->stride),
-			.seq = &seqs[slot]};
-
-		if (at.seq->epoch)
-			see_sequence(&at);
-	}
+	walk->promised[worker->tenant] += worker->promised;
+	if (rows && ids)
+		see_sequences(walk, index, rows, ids);
+	else
+		differ(walk, "worker %" PRIu64 ": no memory to read its rows", worker->id);
+	free(rows);
+	free(ids);
 }
 
 /* Every block in use belongs to a row, and no row has a block that is free. */
@@ -224,8 +276,9 @@ static void compare_accounts(struct walk *walk)
 	expect(walk, "pool", "bytes unreturned", unreturned, pool->unreturned);
 }
 
-static int walk_init(struct walk *walk, const uint8_t *base, struct audit *audit)
+static int walk_init(struct walk *walk, int fd, const uint8_t *base, struct audit *audit)
 {
+	walk->fd = fd;
 	walk->base = base;
 	walk->header = (const void *)base;
 	walk->tenants = (const void *)(base + walk->header->tenants_offset);
@@ -261,23 +314,23 @@ int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *re
 {
 	struct walk walk = {0};
 	struct audit audit = {0};
-	struct stat st;
+	struct meta_header header;
 	uint8_t *base;
 	int r;
 
-	if (fstat(meta_fd, &st) < 0)
-		return -errno;
-	base = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED | MAP_NORESERVE, meta_fd, 0);
+	if (pread(meta_fd, &header, sizeof(header), 0) != sizeof(header) || header.magic != META_MAGIC)
+		return -EBADMSG;
+	base = mmap(NULL, header.fixed_size, PROT_READ, MAP_SHARED | MAP_NORESERVE, meta_fd, 0);
 	if (base == MAP_FAILED)
 		return -errno;
-	r = walk_init(&walk, base, &audit);
+	r = walk_init(&walk, meta_fd, base, &audit);
 	if (r >= 0)
 		walk_all(&walk, physical, user);
 	free(walk.seen);
 	free(walk.extent_of_slot);
 	free(walk.promised);
 	free(walk.unreturned);
-	(void)munmap(base, (size_t)st.st_size);
+	(void)munmap(base, header.fixed_size);
 	if (r < 0)
 		audit_deinit(&audit);
 	else

@@ -13,6 +13,8 @@ static struct quota *first_full(struct quota *quota, uint64_t bytes, uint64_t dr
 	for (; quota; quota = quota->parent) {
 		uint64_t rest = bytes - drawn;
 
+		if (bytes > quota->account->max)
+			return quota; /* and no sum below can wrap */
 		if (rest ? quota->account->charged + quota->account->promised + rest > quota->account->max
 			 : quota->account->charged + bytes > quota->account->max)
 			return quota;
@@ -70,19 +72,6 @@ int quota_charge(struct quota *quota, uint64_t bytes, uint64_t drawn, const char
 			quota->account->high_water = quota->account->charged;
 	}
 	return 0;
-}
-
-uint64_t quota_shortfall(const struct quota *quota, uint64_t bytes, uint64_t drawn)
-{
-	uint64_t most = 0;
-
-	for (; quota; quota = quota->parent) {
-		uint64_t need = quota->account->charged + quota->account->promised + bytes - drawn;
-
-		if (need > quota->account->max && need - quota->account->max > most)
-			most = need - quota->account->max;
-	}
-	return most;
 }
 
 void quota_refund(struct quota *quota, uint64_t bytes)

@@ -41,8 +41,6 @@ void quota_unpromise(struct quota *quota, uint64_t bytes);
  */
 int quota_charge(struct quota *quota, uint64_t bytes, uint64_t drawn, const char *what, char text[QUOTA_TEXT]);
 
-/* Bytes by which quota_charge() of that would be refused: so many more would have to come out of a promise. */
-uint64_t quota_shortfall(const struct quota *quota, uint64_t bytes, uint64_t drawn);
 void quota_refund(struct quota *quota, uint64_t bytes);
 
 /* Turns a refund into a promise in one step: nobody else can be granted the bytes between. */

@@ -67,26 +67,40 @@ static uint64_t chunked_peak(const struct kvg_policy *policy, uint32_t rows, uin
 
 uint64_t admission_blocks(const struct kvg_policy *policy, uint32_t rows, uint64_t seen, uint64_t held)
 {
-	uint64_t total = (uint64_t)policy->prefix_tokens + policy->context_tokens, fresh = policy->max_new_tokens;
-	bool prefill = policy->mode == KVG_MODE_THRESHOLD || (policy->mode != KVG_MODE_OFF && policy->ratio < 1.0);
-	uint64_t most = total + fresh, budget = policy->budget < most ? policy->budget : most;
-	uint64_t spare = 0, peak, after;
+	uint64_t total = (uint64_t)policy->prefix_tokens + policy->context_tokens, end = total + policy->max_new_tokens;
+	uint64_t unread = total > seen ? total - seen : 0,
+		 fresh = end > max_u64(seen, total) ? end - max_u64(seen, total) : 0;
+	bool gated = policy->mode == KVG_MODE_THRESHOLD || (policy->mode != KVG_MODE_OFF && policy->ratio < 1.0);
+	uint64_t budget = policy->budget < end ? policy->budget : end, after = held + unread * rows, peak;
 
-	if (prefill || policy->budget)
-		spare = stripe_blocks((uint64_t)2 * KVG_STRIPE_TOKENS, rows);
+	if ((!gated || !unread) && !policy->budget)
+		return packed_blocks(held, rows) + stripe_blocks(unread + fresh, rows);
 	if (policy->budget && fresh > DECODE_EVENT_TOKENS)
 		fresh = DECODE_EVENT_TOKENS;
-	if (!prefill && !policy->budget)
-		return packed_blocks(held, rows) +
-		       stripe_blocks(total + fresh > seen ? total + fresh - seen : 0, rows) + spare;
 	if (policy->mode == KVG_MODE_CHUNKED || policy->mode == KVG_MODE_THRESHOLD)
 		peak = chunked_peak(policy, rows, seen, held);
 	else
-		peak = packed_blocks(held, rows) + stripe_blocks(total > seen ? total - seen : 0, rows);
-	after = seen >= total || !prefill ? max_u64(held, (total > seen ? total - seen : 0) * rows + held)
-					  : pairs_after(policy, rows, total);
+		peak = packed_blocks(held, rows) + stripe_blocks(unread, rows);
+	if (gated && unread)
+		after = pairs_after(policy, rows, total);
 	after = packed_blocks(max_u64(after, budget * rows), rows) + stripe_blocks(fresh, rows);
-	return max_u64(peak, after) + spare;
+	return max_u64(peak, after) + stripe_blocks((uint64_t)2 * KVG_STRIPE_TOKENS, rows);
+}
+
+uint64_t protected_blocks(const struct meta_seq *meta, uint32_t rows, uint32_t from)
+{
+	uint64_t end = (uint64_t)meta->policy.prefix_tokens + meta->policy.context_tokens + meta->policy.max_new_tokens;
+	uint64_t tokens = 0;
+
+	if (meta->policy.mode == KVG_MODE_OFF && !meta->policy.budget)
+		return 0;
+	for (uint32_t i = 0; i < meta->protected_count; i++) {
+		uint64_t first = max_u64(meta->protect_begin[i], from),
+			 last = meta->protect_end[i] < end ? meta->protect_end[i] : end;
+
+		tokens += last > first ? last - first : 0;
+	}
+	return tokens ? (tokens * rows + KVG_BLOCK_TOKENS - 1) / KVG_BLOCK_TOKENS : 0;
 }
 
 int admission_check(const struct kvg_policy *policy, uint32_t max_tokens, char *text, uint32_t size)
@@ -97,8 +111,8 @@ int admission_check(const struct kvg_policy *policy, uint32_t max_tokens, char *
 		(void)snprintf(text, size, "policy: mode %u, known are 0 to %d", policy->mode, KVG_MODE_THRESHOLD);
 	else if (policy->level > KVG_LEVEL_ADAKV_LAYER)
 		(void)snprintf(text, size, "policy: level %u, known are 0 to %d", policy->level, KVG_LEVEL_ADAKV_LAYER);
-	else if (policy->mode != KVG_MODE_OFF && policy->mode != KVG_MODE_THRESHOLD &&
-		 !(policy->ratio > 0 && policy->ratio <= 1))
+	else if (!isfinite(policy->ratio) || (policy->mode != KVG_MODE_OFF && policy->mode != KVG_MODE_THRESHOLD &&
+						     !(policy->ratio > 0 && policy->ratio <= 1)))
 		(void)snprintf(text, size, "policy: ratio %g, must be above 0 and at most 1", policy->ratio);
 	else if (!isfinite(policy->threshold))
 		(void)snprintf(text, size, "policy: threshold %g is not a number", (double)policy->threshold);

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#include "proto/kvgate_abi.h"
+#include "daemon/memory/meta.h"
 
 /*
  * Blocks at the peak from now on, over `rows` rows (layers * heads): fresh tokens in whole stripes, kept
@@ -15,6 +15,9 @@
  * seen: tokens that the sequence has (prefix included), held: pairs that it holds over all rows, folded ones only.
  */
 uint64_t admission_blocks(const struct kvg_policy *policy, uint32_t rows, uint64_t seen, uint64_t held);
+
+/* Blocks that protected ranges from position `from` on may keep beyond the policy's share. */
+uint64_t protected_blocks(const struct meta_seq *meta, uint32_t rows, uint32_t from);
 
 /* 0, or -EINVAL with text (of `size` bytes) that names the field, its value and the limit. */
 int admission_check(const struct kvg_policy *policy, uint32_t max_tokens, char *text, uint32_t size);

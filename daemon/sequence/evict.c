@@ -8,6 +8,7 @@
 #include <stdio.h>
 
 #include "daemon/sequence/admission.h"
+#include "daemon/sequence/promise.h"
 
 static void begin(struct request *request);
 static void step(struct request *request);
@@ -21,7 +22,7 @@ static void over(struct request *request)
 	request->evict = evict_free(request->evict);
 	space->evicting = NULL;
 	space->evict_reserve = 0;
-	space_return_spare(space, sequence_handle(request->sequence));
+	space_return_spare(space);
 	request_finish(request);
 	next = space->evicting ? NULL : list_pop(&space->evict_queue);
 	if (next)
@@ -44,6 +45,11 @@ static void report(struct request *request, uint64_t dropped)
 	request->cqe.value[1] = dropped;
 	request->cqe.value[2] = meta->blocks * 2 * space->arena->stride;
 	request->cqe.value[3] = (uint64_t)meta->committed_pos << 32 | meta->reserved_pos;
+}
+
+static void set_phase(struct meta_seq *meta, enum meta_phase phase)
+{
+	__atomic_store_n(&meta->phase, phase, __ATOMIC_RELEASE);
 }
 
 /* ---- END ---- */
@@ -84,39 +90,38 @@ static void give_rest(struct sequence *sequence)
 	meta->stripe_first = meta->stripes = 0;
 }
 
-/* The promise becomes what the sequence may still need; more than is promised now comes out of its own refunds. */
-static void shrink_promise(struct sequence *sequence)
+/* The next rows of scores must be staged anew: their places have gone. */
+static void clamp_scored(const struct sequence *sequence)
 {
-	struct space *space = sequence->space;
-	struct meta_seq *meta = sequence->meta;
-	uint64_t blocks = admission_blocks(&meta->policy, space->rows, meta->committed_pos, meta->pairs);
-	uint32_t each = space->arena->blocks_per_extent;
-	uint64_t need =
-		blocks > meta->blocks ? (blocks - meta->blocks + each - 1) / each * space->arena->extent_size : 0;
+	const struct meta_part *part = &sequence->space->part;
+	uint32_t *scored = part->scored + (size_t)sequence->slot * part->worker->layers;
 
-	meta->want = need > meta->promised ? need - meta->promised : 0;
-	if (need < meta->promised) {
-		quota_unpromise(&space->tenant->quota, meta->promised - need);
-		meta->promised = need;
-	}
+	for (uint32_t i = 0; i < part->worker->layers; i++)
+		if (scored[i] > sequence->meta->committed_pos)
+			scored[i] = sequence->meta->committed_pos;
 }
 
 static void end(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
 	struct meta_seq *meta = sequence->meta;
+	uint32_t max_tokens = request->space->part.worker->layout.max_tokens;
 
+	set_phase(meta, META_PHASE_FOLDING);
 	give_rest(sequence);
 	fold_rows(sequence);
+	clamp_scored(sequence);
 	meta->fold_pos = meta->committed_pos;
 	meta->reserved_pos = meta->committed_pos + sequence->min_slack;
-	if (meta->reserved_pos > request->space->part.worker->layout.max_tokens)
-		meta->reserved_pos = request->space->part.worker->layout.max_tokens;
+	if (meta->reserved_pos > max_tokens)
+		meta->reserved_pos = max_tokens;
 	meta->generation++;
 	meta->evictions++;
-	if (!request->evict->decode)
-		meta->prune_start = request->evict->context_end;
-	shrink_promise(sequence);
+	meta->prune_start = meta->next_prune_start;
+	set_phase(meta, META_PHASE_NONE);
+	meta->admitted = admission_blocks(&meta->policy, request->space->rows, meta->committed_pos, meta->pairs) +
+			 protected_blocks(meta, request->space->rows, meta->fold_pos);
+	promise_update(sequence);
 	sequence_publish(sequence);
 	report(request, request->evict->dropped);
 	over(request);
@@ -195,8 +200,10 @@ static void mark_done(struct job *job)
 {
 	struct request *request = list_entry(job, struct request, job);
 
-	if (!space_job_ended(request->space))
-		step(request);
+	if (space_job_ended(request->space))
+		return;
+	set_phase(request->sequence->meta, META_PHASE_MOVING);
+	step(request);
 }
 
 static void room(struct request *request)
@@ -216,6 +223,8 @@ static void room(struct request *request)
 			over_failed(request, r);
 	} else {
 		space->evict_reserve = need;
+		request->sequence->meta->next_prune_start = request->evict->context_end;
+		set_phase(request->sequence->meta, META_PHASE_MARKING);
 		space_submit_job(request, mark_run, mark_done);
 	}
 }
@@ -238,8 +247,7 @@ static void select_done(struct job *job)
 			request->sqe.seq, strerror(-request->cqe.status));
 		over(request);
 	} else if (request->evict->dropped == 0) {
-		if (!request->evict->decode)
-			request->sequence->meta->prune_start = request->evict->context_end;
+		request->sequence->meta->prune_start = request->evict->context_end;
 		report(request, 0);
 		over(request);
 	} else {
@@ -295,6 +303,8 @@ static bool is_needed(struct request *request, struct evict *evict)
 	if (request->sqe.evict.mode == KVG_EVICT_PREFILL)
 		return prefill_range(meta, evict);
 	evict->decode = true;
+	evict->context_end =
+		meta->policy.context_tokens; /* positions may be missing from now on: no prefill eviction any more */
 	return meta->pairs + fresh > meta->policy.budget * rows;
 }
 
@@ -326,6 +336,13 @@ void op_evict(struct request *request)
 		(request->sqe.evict.mode == KVG_EVICT_DECODE && meta->policy.budget == 0)) {
 		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": eviction mode %u, decode budget %u tokens",
 			request->sqe.seq, request->sqe.evict.mode, meta->policy.budget);
+		return;
+	}
+	if (request->sqe.evict.mode == KVG_EVICT_DECODE &&
+		meta->committed_pos < (uint64_t)meta->policy.prefix_tokens + meta->policy.context_tokens) {
+		request_fail(request, -EBUSY,
+			"sequence %#" PRIx64 ": decode eviction at %u tokens, the prompt has %u + %u", request->sqe.seq,
+			meta->committed_pos, meta->policy.prefix_tokens, meta->policy.context_tokens);
 		return;
 	}
 	evict = calloc(1, sizeof(*evict));

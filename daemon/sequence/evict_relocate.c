@@ -119,7 +119,8 @@ bool evict_plan_relocation(struct sequence *sequence)
 	if (space->blocks.closed.extents == 0)
 		return false;
 	count = list_blocks(sequence);
-	if (count > (uint64_t)sequence->owner.free_units[META_HELD] + space->blocks.shared.free_units[META_HELD])
+	if (count == 0 ||
+		count > (uint64_t)sequence->owner.free_units[META_HELD] + space->blocks.shared.free_units[META_HELD])
 		return false;
 	ids = malloc((count + 1) * sizeof(uint32_t));
 	if (!ids)

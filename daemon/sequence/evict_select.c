@@ -142,7 +142,7 @@ static float decode_score(const struct sequence *sequence, uint32_t pos, float s
 
 	if (is_protected(sequence->meta, pos))
 		return INFINITY;
-	return pos < first || pos + window >= sequence->meta->committed_pos ? 1.0f : score;
+	return pos < first || (uint64_t)pos + window >= sequence->meta->committed_pos ? 1.0f : score;
 }
 
 /* Fills the row's candidates; false when one is missing. */
@@ -171,6 +171,14 @@ static bool gather_row(const struct sequence *sequence, struct evict *evict, uin
 	return evict->decode || found == evict->candidates;
 }
 
+/* What counts as the maximum stays even where the whole share is made of it. */
+static void keep_maxima(struct evict *evict, size_t count)
+{
+	for (size_t i = 0; i < count; i++)
+		if (isinf(evict->scores[i]) && evict->scores[i] > 0)
+			evict->keep[i] = 1;
+}
+
 static int decide(const struct sequence *sequence, struct evict *evict)
 {
 	const struct space *space = sequence->space;
@@ -192,6 +200,8 @@ static int decide(const struct sequence *sequence, struct evict *evict)
 		kvg_select_ratio(&in, policy->level, evict->ratio, evict->keep, scratch);
 	if (policy->floor)
 		kvg_select_floor(&in, policy->floor, evict->keep, scratch);
+	if (evict->window || evict->decode)
+		keep_maxima(evict, evict->offset[space->rows]);
 	free(scratch);
 	return 0;
 }

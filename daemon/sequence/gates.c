@@ -12,6 +12,8 @@
 
 #define HEADER_PER_LAYER 16384u
 #define HEADER_BASE      65536u
+#define WIDTH_MAX        256u
+#define SINKS_MAX        1024u
 
 struct gate_set *gate_set_free(struct gate_set *set)
 {
@@ -55,6 +57,11 @@ static int check_shape(
 {
 	const struct kvg_group *group = &layout->groups[0];
 
+	if (shape->width > WIDTH_MAX || shape->sinks > SINKS_MAX) {
+		(void)snprintf(text, size, "gate: layer %u has width %u and %u sinks, at most %u and %u", layer,
+			shape->width, shape->sinks, WIDTH_MAX, SINKS_MAX);
+		return -EINVAL;
+	}
 	if (shape->heads == group->head_count && shape->group == group->query_heads &&
 		shape->hidden == layout->hidden_dim)
 		return 0;
@@ -64,36 +71,43 @@ static int check_shape(
 	return -EINVAL;
 }
 
+static int make_gate(const struct kvg_gate_tensors *t, struct kvg_gate **ret)
+{
+	struct kvg_gate_weights weights = {.heads = t->shape.heads,
+		.group = t->shape.group,
+		.hidden = t->shape.hidden,
+		.width = t->shape.width,
+		.sinks = t->shape.sinks,
+		.wq = t->wq,
+		.bq = t->bq,
+		.wk = t->wk,
+		.b = t->b,
+		.q_norm = t->q_norm,
+		.k_norm = t->k_norm,
+		.k_base = t->k_base};
+
+	return kvg_gate_new(&weights, ret);
+}
+
 static int load_layer(const struct kvg_safetensors *file, uint32_t layer, const struct kvg_layout *layout,
 	struct kvg_gate **ret, char *text, size_t size)
 {
+	struct kvg_gate_shape shape;
 	struct kvg_gate_tensors t;
 	char prefix[32];
 	int r;
 
 	(void)snprintf(prefix, sizeof(prefix), "layers.%u.", layer);
-	r = kvg_gate_tensors_read(file, prefix, &t, text, size);
+	r = kvg_gate_shape_read(file, prefix, &shape, text, size);
+	if (r >= 0)
+		r = check_shape(layer, &shape, layout, text, size);
+	if (r >= 0)
+		r = kvg_gate_tensors_read(file, prefix, &t, text, size);
 	if (r < 0)
 		return r;
-	r = check_shape(layer, &t.shape, layout, text, size);
-	if (r >= 0) {
-		struct kvg_gate_weights weights = {.heads = t.shape.heads,
-			.group = t.shape.group,
-			.hidden = t.shape.hidden,
-			.width = t.shape.width,
-			.sinks = t.shape.sinks,
-			.wq = t.wq,
-			.bq = t.bq,
-			.wk = t.wk,
-			.b = t.b,
-			.q_norm = t.q_norm,
-			.k_norm = t.k_norm,
-			.k_base = t.k_base};
-
-		r = kvg_gate_new(&weights, ret);
-		if (r < 0)
-			(void)snprintf(text, size, "gate: layer %u: %s", layer, strerror(-r));
-	}
+	r = make_gate(&t, ret);
+	if (r < 0)
+		(void)snprintf(text, size, "gate: layer %u: %s", layer, strerror(-r));
 	kvg_gate_tensors_deinit(&t);
 	return r;
 }

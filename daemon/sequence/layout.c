@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#define TABLE_MAX ((uint64_t)1 << 38) /* bytes of block ids, sparse */
+#define TABLE_MAX ((uint64_t)1 << 34) /* bytes of block ids, sparse */
 
 uint32_t layout_row_cap(const struct kvg_layout *layout)
 {

@@ -5,16 +5,17 @@
 #include <string.h>
 
 #include "daemon/sequence/admission.h"
+#include "daemon/sequence/promise.h"
 #include "daemon/sequence/space.h"
 
-static uint64_t extents_bytes(const struct space *space, uint64_t blocks)
+/* 0 means that there is no sequence. */
+static uint32_t next_epoch(struct space *space)
 {
-	uint32_t each = space->arena->blocks_per_extent;
-
-	return (blocks + each - 1) / each * space->arena->extent_size;
+	space->epoch += space->epoch == UINT32_MAX ? 2 : 1;
+	return space->epoch;
 }
 
-static struct sequence *sequence_new(struct space *space, const struct kvg_policy *policy, uint64_t promised)
+static struct sequence *sequence_new(struct space *space, const struct kvg_policy *policy, uint64_t admitted)
 {
 	struct sequence *sequence = calloc(1, sizeof(*sequence));
 	struct meta_seq *meta;
@@ -26,7 +27,7 @@ static struct sequence *sequence_new(struct space *space, const struct kvg_polic
 	sequence->meta = meta = &space->part.seqs[sequence->slot];
 	block_owner_init(&sequence->owner, sequence->slot + 1);
 	list_init(&sequence->queue);
-	*meta = (struct meta_seq){.epoch = ++space->epoch, .promised = promised, .policy = *policy};
+	*meta = (struct meta_seq){.epoch = next_epoch(space), .admitted = admitted, .policy = *policy};
 	for (uint32_t i = 0; i < space->part.worker->layers; i++)
 		space->part.scored[(size_t)sequence->slot * space->part.worker->layers + i] = policy->prefix_tokens;
 	space->sequences[sequence->slot] = sequence;
@@ -40,7 +41,7 @@ void op_create(struct request *request)
 {
 	struct space *space = request->space;
 	const struct kvg_policy *policy = &request->sqe.create;
-	uint64_t bytes;
+	uint64_t blocks;
 	int r = admission_check(policy, space->part.worker->layout.max_tokens, request->text, sizeof(request->text));
 
 	if (r >= 0 && !space->free_count) {
@@ -48,18 +49,19 @@ void op_create(struct request *request)
 			space->part.worker->max_sequences);
 		return;
 	}
-	bytes = extents_bytes(space, r < 0 ? 0 : admission_blocks(policy, space->rows, 0, 0));
-	if (r >= 0 && bytes)
-		r = quota_promise(&space->tenant->quota, bytes, "the sequence", request->text);
+	blocks = r < 0 ? 0 : admission_blocks(policy, space->rows, 0, 0);
+	if (r >= 0)
+		r = promise_admit(space, blocks, "the sequence", request->text);
 	if (r >= 0) {
-		request->sequence = sequence_new(space, policy, bytes);
+		request->sequence = sequence_new(space, policy, blocks);
 		if (!request->sequence) {
-			quota_unpromise(&space->tenant->quota, bytes);
+			promise_settle(space);
 			request_fail(request, -ENOMEM, "create: out of memory");
 			return;
 		}
+		promise_update(request->sequence);
 		request->cqe.value[0] = request->sequence->slot;
-		request->cqe.value[1] = bytes;
+		request->cqe.value[1] = request->sequence->right * space->arena->extent_size;
 	}
 	request->cqe.status = r;
 	request_finish(request);
@@ -130,6 +132,7 @@ static void reserve_step(struct request *request)
 	meta->reserved_pos = meta->fold_pos + sequence->min_slack + meta->stripes * KVG_STRIPE_TOKENS;
 	if (meta->reserved_pos > max)
 		meta->reserved_pos = max;
+	promise_update(sequence);
 	sequence_publish(sequence);
 	request->cqe.value[0] = meta->reserved_pos;
 	request_finish(request);
@@ -194,15 +197,24 @@ void op_protect(struct request *request)
 {
 	struct meta_seq *meta = request->sequence->meta;
 	uint32_t begin = request->sqe.protect.begin, end = request->sqe.protect.end;
+	uint64_t before, more;
 
 	if (begin >= end || meta->protected_count == KVG_MAX_PROTECTED) {
 		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": protect [%u, %u), ranges in use %u of %u",
 			request->sqe.seq, begin, end, meta->protected_count, KVG_MAX_PROTECTED);
 		return;
 	}
+	before = protected_blocks(meta, request->space->rows, meta->fold_pos);
 	meta->protect_begin[meta->protected_count] = begin;
 	meta->protect_end[meta->protected_count] = end;
 	meta->protected_count++;
+	more = protected_blocks(meta, request->space->rows, meta->fold_pos) - before;
+	request->cqe.status = promise_admit(request->space, more, "the protected range", request->text);
+	if (request->cqe.status < 0)
+		meta->protected_count--;
+	else
+		meta->admitted += more;
+	promise_update(request->sequence);
 	request_finish(request);
 }
 
@@ -249,7 +261,7 @@ static void sequence_drop(struct sequence *sequence)
 		meta_part_forget(space->pool->meta, &space->part, slot);
 	}
 	block_owner_deinit(&space->blocks, &sequence->owner);
-	quota_unpromise(&space->tenant->quota, sequence->meta->promised);
+	promise_forget(sequence);
 	table_forget(&space->table, slot);
 	memset(sequence->meta, 0, sizeof(*sequence->meta));
 	space->sequences[slot] = NULL;
@@ -271,7 +283,7 @@ void op_free(struct request *request)
 	request->cqe.seq = sequence_handle(sequence);
 	request->sequence = NULL;
 	sequence_drop(sequence);
-	space_return_spare(space, 0);
+	space_return_spare(space);
 	request_finish(request);
 	while ((node = list_pop(&waiting))) {
 		struct request *next = list_entry(node, struct request, node);

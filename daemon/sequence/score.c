@@ -9,7 +9,8 @@
 #include "daemon/sequence/gates.h"
 #include "daemon/sequence/space.h"
 
-#define TILE_ROWS 256u /* scored between two looks at `dying` */
+#define TILE_ROWS  256u
+#define SLICE_ROWS 1024u
 
 /* -inf marks what an eviction dropped, and order needs numbers. */
 static float clean_score(float score)
@@ -47,44 +48,66 @@ static const uint8_t *staged(const struct request *request, uint32_t layer, uint
 	return space->staging + request->sqe.stage.offset + index * row_bytes;
 }
 
-static int score_hidden(const struct request *request, uint32_t layer)
+/* Scratch of the gate and scores of a tile, for one slice. */
+struct tile {
+	void *scratch;
+	float *scores;
+};
+
+static int tile_init(struct tile *tile, const struct request *request)
 {
 	const struct space *space = request->space;
-	const struct kvg_gate *gate = space->gates->gates[layer];
-	size_t scratch_bytes = (kvg_gate_scratch(gate, TILE_ROWS) + 63) / 64 * 64;
-	size_t row_bytes = space->part.worker->layout.hidden_dim * sizeof(uint16_t);
-	uint32_t rows = request->sqe.stage.rows;
-	uint8_t *scratch =
-		aligned_alloc(64, scratch_bytes + TILE_ROWS * space->part.worker->heads * sizeof(float) + 64);
-	float *scores = (float *)(void *)(scratch + scratch_bytes);
+	size_t scratch = 0, scores = TILE_ROWS * space->part.worker->heads * sizeof(float);
 
-	if (!scratch)
-		return -ENOMEM;
-	for (uint32_t row = 0; row < rows; row += TILE_ROWS) {
-		uint32_t n = rows - row < TILE_ROWS ? rows - row : TILE_ROWS;
-
-		if (atomic_load_explicit(&space->dying, memory_order_relaxed))
-			break;
-		kvg_gate_score(gate, (const void *)staged(request, layer, row, row_bytes), n, scores, scratch);
-		store_scores(request->sequence, layer, request->sqe.stage.pos + row, n, scores);
-	}
-	free(scratch);
-	return 0;
+	for (uint32_t i = 0; space->gates && i < space->gates->layers; i++)
+		if (scratch < kvg_gate_scratch(space->gates->gates[i], TILE_ROWS))
+			scratch = kvg_gate_scratch(space->gates->gates[i], TILE_ROWS);
+	scratch = (scratch + 63) / 64 * 64;
+	tile->scratch = aligned_alloc(64, scratch + (scores + 63) / 64 * 64);
+	tile->scores = (float *)(void *)((uint8_t *)tile->scratch + scratch);
+	return tile->scratch ? 0 : -ENOMEM;
 }
 
+static void score_tile(const struct request *request, const struct tile *tile, uint32_t rows)
+{
+	const struct space *space = request->space;
+	uint32_t layer = request->layer, row = request->row;
+	const float *scores = tile->scores;
+
+	if (request->sqe.stage.kind == KVG_STAGE_HIDDEN)
+		kvg_gate_score(space->gates->gates[layer],
+			(const void *)staged(
+				request, layer, row, space->part.worker->layout.hidden_dim * sizeof(uint16_t)),
+			rows, tile->scores, tile->scratch);
+	else
+		scores = (const void *)staged(request, layer, row, space->part.worker->heads * sizeof(float));
+	store_scores(request->sequence, layer, request->sqe.stage.pos + row, rows, scores);
+}
+
+static bool is_complete(const struct request *request)
+{
+	return request->layer == request->sqe.stage.layer_begin + request->sqe.stage.layer_count;
+}
+
+/* A slice of the rows, so that the jobs of others get their turn. */
 static void stage_run(struct job *job)
 {
 	struct request *request = list_entry(job, struct request, job);
-	uint32_t begin = request->sqe.stage.layer_begin, end = begin + request->sqe.stage.layer_count;
-	size_t row_bytes = request->space->part.worker->heads * sizeof(float);
+	struct tile tile;
 
-	for (uint32_t layer = begin; layer < end && request->cqe.status == 0; layer++) {
-		if (request->sqe.stage.kind == KVG_STAGE_HIDDEN)
-			request->cqe.status = score_hidden(request, layer);
-		else
-			store_scores(request->sequence, layer, request->sqe.stage.pos, request->sqe.stage.rows,
-				(const void *)staged(request, layer, 0, row_bytes));
+	request->cqe.status = tile_init(&tile, request);
+	for (uint32_t done = 0; request->cqe.status == 0 && done < SLICE_ROWS && !is_complete(request);) {
+		uint32_t left = request->sqe.stage.rows - request->row, n = left < TILE_ROWS ? left : TILE_ROWS;
+
+		score_tile(request, &tile, n);
+		done += n;
+		request->row += n;
+		if (request->row == request->sqe.stage.rows) {
+			request->row = 0;
+			request->layer++;
+		}
 	}
+	free(tile.scratch);
 }
 
 static void stage_done(struct job *job)
@@ -99,6 +122,10 @@ static void stage_done(struct job *job)
 	if (request->cqe.status < 0) {
 		request_fail(request, request->cqe.status, "sequence %#" PRIx64 ": scoring: %s", request->sqe.seq,
 			strerror(-request->cqe.status));
+		return;
+	}
+	if (!is_complete(request)) {
+		space_submit_job(request, stage_run, stage_done);
 		return;
 	}
 	for (uint32_t i = 0; i < request->sqe.stage.layer_count; i++)
@@ -159,6 +186,9 @@ static bool check_rows(struct request *request)
 
 void op_stage(struct request *request)
 {
-	if (check_area(request) && check_rows(request))
-		space_submit_job(request, stage_run, stage_done);
+	if (!check_area(request) || !check_rows(request))
+		return;
+	request->layer = request->sqe.stage.layer_begin;
+	request->row = 0;
+	space_submit_job(request, stage_run, stage_done);
 }

@@ -10,6 +10,7 @@
 #include "daemon/sequence/evict.h"
 #include "daemon/sequence/gates.h"
 #include "daemon/sequence/layout.h"
+#include "daemon/sequence/promise.h"
 
 static int space_fill(struct space *space, const struct kvg_layout *layout, uint64_t worker_id)
 {
@@ -95,12 +96,21 @@ uint64_t space_overhead(const struct space *space)
 
 /* ---- the end of a space ---- */
 
+/* Refunds extents whose memory is gone; what the worker's sequences have a right to stays promised. */
+static void release_batch(struct space *space, struct extent_batch *batch)
+{
+	while (!list_empty(&batch->extents)) {
+		struct extent *extent = list_entry(batch->extents.next, struct extent, node);
+
+		extent_release(batch->pool, extent, promise_refund(space, extent->meta->bytes));
+	}
+}
+
 static void all_returned(struct extent_batch *batch)
 {
 	struct space *space = batch->user;
 
-	while (!list_empty(&batch->extents))
-		extent_release(batch->pool, list_entry(batch->extents.next, struct extent, node), 0);
+	release_batch(space, batch);
 	(void)extent_batch_free(batch);
 	space->ops->closed(space->user);
 }
@@ -126,13 +136,13 @@ static void drop_sequences(struct space *space)
 
 		if (!sequence)
 			continue;
-		quota_unpromise(&space->tenant->quota, sequence->meta->promised);
 		memset(sequence->meta, 0, sizeof(*sequence->meta));
 		space->tenant->sequences--;
 		free(sequence);
 		space->sequences[i] = NULL;
 	}
 	space->sequence_count = 0;
+	promise_end(space);
 }
 
 static void close_now(struct space *space)
@@ -221,43 +231,12 @@ static struct sequence *find_sequence(const struct space *space, uint64_t handle
 	return sequence && sequence->meta->epoch == handle >> 32 ? sequence : NULL;
 }
 
-/* Turns up to `bytes` of a refund into promise that the sequence wants. */
-static uint64_t refund_to(struct sequence *sequence, uint64_t bytes)
-{
-	struct meta_seq *meta = sequence->meta;
-	uint64_t back = meta->want < bytes ? meta->want : bytes;
-
-	meta->want -= back;
-	meta->promised += back;
-	return back;
-}
-
-/* What lenders get out of a refund of `bytes`. */
-static uint64_t repay(struct space *space, uint64_t bytes)
-{
-	uint64_t back = 0;
-
-	for (uint32_t i = 0; i < space->part.worker->max_sequences && back < bytes && back < space->lent; i++)
-		if (space->sequences[i])
-			back += refund_to(space->sequences[i], bytes - back);
-	space->lent = back && back < space->lent ? space->lent - back : 0;
-	return back;
-}
-
 static void unmapped_done(struct extent_batch *batch)
 {
 	struct request *request = batch->user;
 	struct space *space = request->space;
 
-	while (!list_empty(&batch->extents)) {
-		struct extent *extent = list_entry(batch->extents.next, struct extent, node);
-		struct sequence *sequence = find_sequence(space, extent->refund_seq);
-		uint64_t bytes = extent->meta->bytes, back = sequence ? refund_to(sequence, bytes) : 0;
-
-		if (space->lent)
-			back += repay(space, bytes - back);
-		extent_release(batch->pool, extent, back);
-	}
+	release_batch(space, batch);
 	(void)extent_batch_free(batch);
 	if (!space_job_ended(space))
 		request_finish(request);
@@ -354,13 +333,7 @@ void space_submit(struct space *space, struct request *request)
 struct grow {
 	struct request *request;
 	void (*again)(struct request *);
-	uint64_t drawn;
 };
-
-static uint64_t min_u64(uint64_t a, uint64_t b)
-{
-	return a < b ? a : b;
-}
 
 static int announce(struct space *space, struct extent_batch *batch)
 {
@@ -381,18 +354,6 @@ static int announce(struct space *space, struct extent_batch *batch)
 	return r;
 }
 
-static void release_failed(struct extent_batch *batch, uint64_t drawn, struct sequence *sequence)
-{
-	while (!list_empty(&batch->extents)) {
-		struct extent *extent = list_entry(batch->extents.next, struct extent, node);
-		uint64_t back = drawn < extent->meta->bytes ? drawn : extent->meta->bytes;
-
-		drawn -= back;
-		sequence->meta->promised += back;
-		extent_release(batch->pool, extent, back);
-	}
-}
-
 static void grown(struct extent_batch *batch)
 {
 	struct grow grow = *(struct grow *)batch->user;
@@ -402,7 +363,7 @@ static void grown(struct extent_batch *batch)
 
 	free(batch->user);
 	if (status < 0)
-		release_failed(batch, grow.drawn, request->sequence);
+		release_batch(space, batch);
 	else
 		status = announce(space, batch);
 	(void)extent_batch_free(batch);
@@ -416,79 +377,42 @@ static void grown(struct extent_batch *batch)
 }
 
 /* The batch could not even be filled: undo the charge. */
-static int undo_grow(struct request *request, struct extent_batch *batch, uint64_t bytes, uint64_t drawn, int status)
+static int undo_grow(struct request *request, struct extent_batch *batch, uint64_t bytes, int status)
 {
 	struct space *space = request->space;
 	uint64_t rest = bytes - (batch ? batch->count * space->arena->extent_size : 0);
-	uint64_t back = drawn < rest ? drawn : rest;
 
-	quota_refund_to_promise(&space->tenant->quota, rest, back);
-	request->sequence->meta->promised += back;
+	quota_refund_to_promise(&space->tenant->quota, rest, promise_refund(space, rest));
 	if (batch)
-		release_failed(batch, drawn - back, request->sequence);
+		release_batch(space, batch);
 	(void)extent_batch_free(batch);
 	(void)snprintf(request->text, sizeof(request->text), "%s: extents of %" PRIu64 " bytes: %s",
 		space->tenant->quota.name, bytes, strerror(-status));
 	return status;
 }
 
-/*
- * Sequences share extents, so one may need the extent that another's promise stands for, having filled
- * the one that came out of its own together with the other. Moves that much promise to the borrower, or none.
- */
-static void borrow(struct sequence *borrower, uint64_t bytes)
-{
-	struct space *space = borrower->space;
-	uint32_t count = space->part.worker->max_sequences;
-	uint64_t left = bytes;
-
-	for (uint32_t i = 0; i < count && left; i++)
-		if (space->sequences[i] && space->sequences[i] != borrower)
-			left -= min_u64(left, space->sequences[i]->meta->promised);
-	if (left)
-		return;
-	for (uint32_t i = 0; i < count && left < bytes; i++) {
-		struct meta_seq *lender = space->sequences[i] ? space->sequences[i]->meta : NULL;
-		uint64_t take;
-
-		if (!lender || space->sequences[i] == borrower)
-			continue;
-		take = min_u64(bytes - left, lender->promised);
-		lender->promised -= take;
-		lender->want += take;
-		left += take;
-	}
-	borrower->meta->promised += bytes;
-	space->lent += bytes;
-}
-
 int space_try_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *))
 {
 	struct space *space = request->space;
-	struct meta_seq *meta = request->sequence->meta;
-	uint64_t bytes = extents * (uint64_t)space->arena->extent_size, drawn = min_u64(meta->promised, bytes);
-	uint64_t shortfall = quota_shortfall(&space->tenant->quota, bytes, drawn);
+	uint64_t bytes = extents * (uint64_t)space->arena->extent_size;
+	uint64_t drawn = promise_available(request->sequence, bytes);
 	struct extent_batch *batch;
 	struct grow *grow;
-	int r;
+	int r = quota_charge(&space->tenant->quota, bytes, drawn, what, request->text);
 
-	if (shortfall && shortfall <= bytes - drawn)
-		borrow(request->sequence, shortfall);
-	drawn = min_u64(meta->promised, bytes);
-	r = quota_charge(&space->tenant->quota, bytes, drawn, what, request->text);
 	if (r < 0)
 		return r;
-	meta->promised -= drawn;
+	promise_drawn(space, drawn);
 	grow = malloc(sizeof(*grow));
 	if (grow)
-		*grow = (struct grow){.request = request, .again = again, .drawn = drawn};
+		*grow = (struct grow){.request = request, .again = again};
 	batch = extent_batch_new(space->pool, grown, grow);
 	r = grow && batch ? extent_batch_add_new(batch, space->arena, &space->tenant->quota, space->tenant->index,
 				    space->index, extents)
 			  : -ENOMEM;
 	if (r < 0) {
 		free(grow);
-		return undo_grow(request, batch, bytes, drawn, r);
+		return undo_grow(request, batch, bytes, r);
 	}
 	space->jobs++;
 	extent_batch_create(batch);
@@ -506,7 +430,7 @@ bool space_grow(struct request *request, uint32_t extents, const char *what, voi
 	return false;
 }
 
-void space_return_spare(struct space *space, uint64_t refund_seq)
+void space_return_spare(struct space *space)
 {
 	uint32_t slots[1024];
 
@@ -519,7 +443,6 @@ void space_return_spare(struct space *space, uint64_t refund_seq)
 			struct extent *extent = list_entry(node, struct extent, node);
 
 			slots[count++] = extent->meta->slot;
-			extent->refund_seq = refund_seq;
 			extent->meta->state = META_DROPPED;
 			quota_unreturned_add(extent->quota, extent->meta->bytes);
 			list_add_tail(&taken, &extent->node);

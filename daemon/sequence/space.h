@@ -30,6 +30,7 @@ struct sequence {
 	struct meta_seq *meta;
 	struct block_owner owner;
 	uint32_t min_slack; /* free places in the last held block of the row that has fewest */
+	uint64_t right;     /* extents that it may draw from the worker's promise */
 	bool busy;
 	struct list queue; /* requests that wait */
 };
@@ -42,6 +43,7 @@ struct request {
 	struct space *space;
 	struct sequence *sequence; /* whose busy flag this request holds, or NULL */
 	struct job job;
+	uint32_t layer, row; /* STAGE: the next to score */
 	struct evict *evict;
 	int grow_status; /* of the last space_try_grow() that went on the executor */
 };
@@ -72,12 +74,12 @@ struct space {
 	uint32_t dropped_event; /* the last of them */
 	struct sequence **sequences;
 	uint32_t *free_slots, free_count, sequence_count;
+	uint64_t rights; /* extents: the sum over its sequences, see promise.h */
 	uint32_t epoch;
 	struct list evict_queue;
 	struct request *evicting;
 	uint64_t evict_reserve; /* free blocks that only the eviction under way may take */
-	uint64_t lent; /* promised bytes that a sequence drew in another's stead, to come back out of refunds */
-	unsigned jobs; /* requests and batches on the executor */
+	unsigned jobs;          /* requests and batches on the executor */
 	atomic_bool dying;
 	bool closing; /* everything is on its way back */
 	const struct space_ops *ops;
@@ -128,7 +130,7 @@ bool space_grow(struct request *request, uint32_t extents, const char *what, voi
 int space_try_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *));
 
 /* Asks the worker to unmap the extents that hold nothing any more (not while an eviction may want them). */
-void space_return_spare(struct space *space, uint64_t refund_seq);
+void space_return_spare(struct space *space);
 
 /* The block of index `index` of a row. */
 uint32_t sequence_block(const struct sequence *sequence, uint32_t row, uint32_t index);

@@ -184,7 +184,7 @@ static void fill_sequence(Kvg__Sequence *row, const struct worker *worker, const
 	row->pairs = meta->pairs + (uint64_t)(meta->committed_pos - meta->fold_pos) * sequence->space->rows;
 	row->blocks = meta->blocks;
 	row->bytes = meta->blocks * 2 * sequence->space->arena->stride;
-	row->promised = meta->promised;
+	row->promised = sequence->right * sequence->space->arena->extent_size;
 	row->ratio = meta->policy.ratio;
 	row->level = meta->policy.level;
 	row->evictions = meta->evictions;

@@ -14,14 +14,17 @@
 #include "daemon/session/worker.h"
 #include "proto/frame.h"
 
-#define STAGING_MAX ((uint64_t)1 << 32) /* bytes of rows; sparse */
+#define STAGING_MAX ((uint64_t)1 << 30) /* bytes of rows; sparse */
 
 static void reply_send(struct worker *worker, Kvg__WorkerReply *reply, uint64_t id, const int *fds, unsigned fd_count)
 {
+	int r;
+
 	reply->has_id = 1;
 	reply->id = id;
-	if (outbox_send(&worker->outbox, &reply->base, fds, fd_count) < 0)
-		worker_kill(worker, "does not read its control socket");
+	r = outbox_send(&worker->outbox, &reply->base, fds, fd_count);
+	if (r < 0)
+		worker_kill(worker, worker_send_failure(r));
 }
 
 static void __attribute__((format(printf, 4, 5)))
@@ -82,6 +85,7 @@ static void on_hello(struct worker *worker, uint64_t id, const Kvg__Hello *hello
 			return;
 		}
 		worker->ready = true;
+		loop_timer_set(worker->hello_timer, 0);
 		send_welcome(worker, id);
 	}
 }
@@ -239,6 +243,7 @@ static void gate_done(struct job *job)
 {
 	struct gate_job *gate = list_entry(job, struct gate_job, job);
 	struct worker *worker = gate->worker;
+	struct loop *loop = worker->server->loop;
 	Kvg__GateLoaded loaded = KVG__GATE_LOADED__INIT;
 	Kvg__WorkerReply reply = KVG__WORKER_REPLY__INIT;
 
@@ -257,7 +262,7 @@ static void gate_done(struct job *job)
 		reply.gate_loaded = &loaded;
 		reply_send(worker, &reply, gate->id, NULL, 0);
 	}
-	(void)close(gate->fd);
+	loop_close_fd(loop, gate->fd);
 	free(gate);
 }
 

@@ -14,6 +14,7 @@
 
 #define BACKLOG      128
 #define ACCEPT_SHARE 16u
+#define RETRY_NS     100000000u
 
 struct listener {
 	int fd;
@@ -21,6 +22,8 @@ struct listener {
 	uid_t *uids;
 	size_t uid_count;
 	struct loop_watch *watch;
+	struct loop_timer *timer; /* tries again when a connection could not be accepted */
+	bool failing;             /* has been logged */
 	listener_accept accept;
 	listener_refuse refuse;
 	void *user;
@@ -49,6 +52,22 @@ static void accept_one(struct listener *listener, int fd)
 	listener->accept(listener->user, fd, &peer);
 }
 
+/* The connection stays in the backlog, and no event will tell of it again. */
+static void accept_failed(struct listener *listener, int error)
+{
+	if (!listener->failing)
+		log_error("%s: accept: %s; trying again", listener->path, strerror(error));
+	listener->failing = true;
+	loop_timer_set(listener->timer, RETRY_NS);
+}
+
+static void try_again(void *user)
+{
+	const struct listener *listener = user;
+
+	loop_watch_again(listener->watch);
+}
+
 static void ready(void *user, uint32_t revents)
 {
 	struct listener *listener = user;
@@ -58,11 +77,12 @@ static void ready(void *user, uint32_t revents)
 		int fd = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 		if (fd >= 0) {
+			listener->failing = false;
 			accept_one(listener, fd);
 		} else if (errno == EAGAIN) {
 			return;
 		} else if (errno != ECONNABORTED && errno != EINTR) {
-			log_error("%s: accept: %s", listener->path, strerror(errno));
+			accept_failed(listener, errno);
 			return;
 		}
 	}
@@ -141,6 +161,8 @@ int listener_new(struct loop *loop, const struct listener_options *options, list
 	if (r >= 0)
 		r = bind_listener(listener, options);
 	if (r >= 0)
+		r = loop_timer_new(loop, try_again, listener, &listener->timer);
+	if (r >= 0)
 		r = loop_watch_new(loop, listener->fd, POLLIN, ready, listener, &listener->watch);
 	if (r < 0) {
 		(void)snprintf(text, LISTENER_TEXT, "socket %s: %s", options->path,
@@ -159,6 +181,7 @@ struct listener *listener_free(struct listener *listener)
 	if (!listener)
 		return NULL;
 	listener->watch = loop_watch_free(listener->watch);
+	listener->timer = loop_timer_free(listener->timer);
 	if (listener->path)
 		(void)unlink(listener->path);
 	if (listener->fd >= 0)

@@ -2,8 +2,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/sockios.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "proto/frame.h"
@@ -42,7 +44,7 @@ static int enqueue(struct outbox *outbox, const uint8_t *data, size_t size, cons
 {
 	struct packet *packet;
 
-	if (outbox->count == OUTBOX_PACKETS)
+	if (outbox->count == OUTBOX_PACKETS || outbox->fd_count + fd_count > OUTBOX_FDS)
 		return -EOVERFLOW;
 	packet = calloc(1, sizeof(*packet) + fd_count * sizeof(int));
 	if (!packet)
@@ -62,21 +64,39 @@ static int enqueue(struct outbox *outbox, const uint8_t *data, size_t size, cons
 	}
 	list_add_tail(&outbox->packets, &packet->node);
 	outbox->count++;
+	outbox->fd_count += fd_count;
 	return 0;
+}
+
+/* Sends unless too many descriptors are under way; the peer's reading makes the socket ready again. */
+static int send_now(struct outbox *outbox, const void *data, size_t size, const int *fds, unsigned fd_count)
+{
+	int unread = 1, r;
+
+	if (fd_count && outbox->in_flight + fd_count > OUTBOX_IN_FLIGHT) {
+		if (ioctl(outbox->fd, SIOCOUTQ, &unread) < 0 || unread)
+			return -EAGAIN;
+		outbox->in_flight = 0;
+	}
+	r = kvg_frame_send(outbox->fd, data, size, fds, fd_count);
+	if (r >= 0)
+		outbox->in_flight += fd_count;
+	return r;
 }
 
 int outbox_flush(struct outbox *outbox)
 {
 	while (!list_empty(&outbox->packets)) {
 		struct packet *packet = list_entry(outbox->packets.next, struct packet, node);
-		int r = kvg_frame_send(outbox->fd, packet->data, packet->size, packet->fds, packet->fd_count);
+		int r = send_now(outbox, packet->data, packet->size, packet->fds, packet->fd_count);
 
 		if (r == -EAGAIN)
 			return 0;
 		if (r < 0)
 			return r;
-		packet_free(list_entry(list_pop(&outbox->packets), struct packet, node));
 		outbox->count--;
+		outbox->fd_count -= packet->fd_count;
+		packet_free(list_entry(list_pop(&outbox->packets), struct packet, node));
 	}
 	return 0;
 }
@@ -91,7 +111,7 @@ int outbox_send(struct outbox *outbox, const ProtobufCMessage *message, const in
 		return -ENOMEM;
 	(void)protobuf_c_message_pack(message, data);
 	if (r >= 0 && list_empty(&outbox->packets))
-		r = kvg_frame_send(outbox->fd, data, size, fds, fd_count);
+		r = send_now(outbox, data, size, fds, fd_count);
 	else if (r >= 0)
 		r = -EAGAIN;
 	if (r == -EAGAIN)

@@ -1,6 +1,9 @@
 /*
  * outbox.h - replies and events on their way to one peer. Sends at once when
  * the socket takes it, queues otherwise, and gives up on a peer that lets too much pile up.
+ *
+ * Descriptors that a peer has not received yet count against one limit of the whole daemon (RLIMIT_NOFILE,
+ * unix(7)), so a peer that does not read may hold up only a few.
  */
 #ifndef KVG_OUTBOX_H
 #define KVG_OUTBOX_H
@@ -9,12 +12,15 @@
 
 #include "daemon/base/list.h"
 
-#define OUTBOX_PACKETS 1024u
+#define OUTBOX_PACKETS   1024u /* queued */
+#define OUTBOX_FDS       4096u /* queued */
+#define OUTBOX_IN_FLIGHT 256u  /* descriptors sent and perhaps not received */
 
 struct outbox {
 	int fd; /* borrowed */
 	struct list packets;
-	unsigned count;
+	unsigned count, fd_count; /* queued */
+	unsigned in_flight;       /* descriptors sent since the peer was last seen to have read everything */
 };
 
 void outbox_init(struct outbox *outbox, int fd);

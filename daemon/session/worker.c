@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +17,7 @@
 #include "proto/frame.h"
 
 #define MESSAGE_MAX   (64u * 1024u) /* bytes of a worker's message */
+#define HELLO_NS      10000000000u
 #define MESSAGE_FDS   4u
 #define MESSAGE_SHARE 16u /* messages, and */
 #define ENTRY_SHARE   64u /* entries, of one worker in one round */
@@ -47,6 +49,7 @@ static void unwatch(struct worker *worker)
 	worker->watch = loop_watch_free(worker->watch);
 	worker->pid_watch = loop_watch_free(worker->pid_watch);
 	worker->doorbell_watch = loop_watch_free(worker->doorbell_watch);
+	worker->hello_timer = loop_timer_free(worker->hello_timer);
 	if (worker->pidfd >= 0)
 		(void)close(worker->pidfd);
 	if (worker->fd >= 0)
@@ -95,12 +98,28 @@ static void space_closed(void *user)
 
 /* ---- what the space tells us ---- */
 
+const char *worker_send_failure(int status)
+{
+	switch (status) {
+	case -EOVERFLOW:
+		return "does not read its control socket";
+	case -ETOOMANYREFS:
+		return "the daemon's limit of descriptors in flight (LimitNOFILE) is reached";
+	case -EMFILE:
+	case -ENFILE:
+	case -ENOMEM:
+		return "the daemon is out of descriptors or memory";
+	default:
+		return NULL; /* it hung up */
+	}
+}
+
 static void send_event(struct worker *worker, Kvg__WorkerReply *reply, const int *fds, unsigned fd_count)
 {
 	int r = worker->dead ? 0 : outbox_send(&worker->outbox, &reply->base, fds, fd_count);
 
 	if (r < 0)
-		worker_kill(worker, r == -EOVERFLOW ? "does not read its control socket" : NULL);
+		worker_kill(worker, worker_send_failure(r));
 }
 
 static void send_wake(struct worker *worker)
@@ -222,11 +241,17 @@ static void doorbell_rung(void *user, uint32_t revents)
 
 /* ---- control socket ---- */
 
+static void close_received(void *user, int fd)
+{
+	loop_close_fd(user, fd);
+}
+
 static void receive(struct worker *worker)
 {
 	for (unsigned i = 0; i < MESSAGE_SHARE && !worker->dead; i++) {
 		struct kvg_frame frame;
-		int r = kvg_frame_receive(worker->fd, MESSAGE_MAX, MESSAGE_FDS, 0, &frame);
+		int r = kvg_frame_receive_with(
+			worker->fd, MESSAGE_MAX, MESSAGE_FDS, 0, close_received, worker->server->loop, &frame);
 
 		if (r == -EAGAIN)
 			return;
@@ -264,10 +289,20 @@ static void process_died(void *user, uint32_t revents)
 
 /* ---- the beginning ---- */
 
+static void no_hello(void *user)
+{
+	worker_kill(user, "has not said hello in time");
+}
+
 static int watch_all(struct worker *worker)
 {
 	struct loop *loop = worker->server->loop;
 	int r = loop_watch_new(loop, worker->fd, POLLIN | POLLOUT, socket_ready, worker, &worker->watch);
+
+	if (r >= 0)
+		r = loop_timer_new(loop, no_hello, worker, &worker->hello_timer);
+	if (r >= 0)
+		loop_timer_set(worker->hello_timer, HELLO_NS);
 
 	if (r < 0 || worker->peer.pid <= 0)
 		return r;
@@ -302,16 +337,18 @@ int worker_new(struct server *server, struct tenant *tenant, int fd, const struc
 	return r;
 }
 
-void worker_refuse(const struct tenant *tenant, int fd, const struct ucred *peer)
+void worker_refuse(int fd, int status, const char *format, ...)
 {
 	Kvg__Error error = KVG__ERROR__INIT;
 	Kvg__WorkerReply reply = KVG__WORKER_REPLY__INIT;
 	struct outbox outbox;
 	char text[KVG_TEXT_SIZE];
+	va_list arguments;
 
-	(void)snprintf(
-		text, sizeof(text), "%s: uid %u is not among the uids that may connect", tenant->quota.name, peer->uid);
-	error.status = -EACCES;
+	va_start(arguments, format);
+	(void)vsnprintf(text, sizeof(text), format, arguments);
+	va_end(arguments);
+	error.status = status;
 	error.text = text;
 	reply.body_case = KVG__WORKER_REPLY__BODY_ERROR;
 	reply.error = &error;

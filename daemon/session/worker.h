@@ -17,6 +17,8 @@
 #include "daemon/session/ring.h"
 #include "daemon/session/server.h"
 
+#define WORKER_CONNECTIONS 256u /* of one tenant */
+
 struct worker {
 	struct list node;        /* in the server's list */
 	struct list active_node; /* in `active` or `dead`, or alone */
@@ -27,6 +29,7 @@ struct worker {
 	char name[META_NAME];
 	int fd, pidfd;
 	struct loop_watch *watch, *pid_watch, *doorbell_watch;
+	struct loop_timer *hello_timer; /* until it has said hello */
 	struct outbox outbox;
 	struct ring ring;
 	struct request *requests; /* one for each ring entry */
@@ -46,8 +49,8 @@ struct worker {
 /* Takes an accepted connection. On failure the descriptor is closed. */
 int worker_new(struct server *server, struct tenant *tenant, int fd, const struct ucred *peer);
 
-/* Tells a peer that it may not connect to a tenant's socket. Does not take fd. */
-void worker_refuse(const struct tenant *tenant, int fd, const struct ucred *peer);
+/* Tells a peer why it may not connect to a tenant's socket. Does not take fd. */
+void worker_refuse(int fd, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 /* Ends a worker. reason NULL: it went by itself and is not told. */
 void worker_kill(struct worker *worker, const char *reason);
@@ -63,6 +66,9 @@ uint64_t worker_overhead(const struct worker *worker);
 
 /* Opens the rings at hello. */
 int worker_open_rings(struct worker *worker, uint32_t entries);
+
+/* Why a message could not be sent to it. */
+const char *worker_send_failure(int status);
 
 /* How a worker's space reports to it. */
 extern const struct space_ops worker_space_ops;

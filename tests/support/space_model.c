@@ -412,8 +412,10 @@ static uint64_t predict_decode(struct model *model)
 	}
 	list = sorted(&all, 0, model->rows, &n);
 	for (size_t i = 0; i < n; i++)
-		list[i]->keep = n <= budget || list[i]->score >= list[budget - 1]->score;
+		list[i]->keep = n <= budget || list[i]->score >= list[budget - 1]->score || isinf(list[i]->score);
 	free(list);
+	if (n > budget)
+		model->prune_start = model->policy.context_tokens; /* no prefill eviction any more */
 	keep_floor(model, &all);
 	return apply(model, &all);
 }
@@ -445,6 +447,8 @@ static uint64_t predict_once(struct model *model, uint32_t window)
 			all.list[i].score = INFINITY;
 	keep_ratio(model, &all, model->policy.ratio);
 	keep_floor(model, &all);
+	for (size_t i = 0; i < all.count; i++)
+		all.list[i].keep |= all.list[i].pos + window >= end;
 	model->prune_start = model->policy.context_tokens;
 	return apply(model, &all);
 }

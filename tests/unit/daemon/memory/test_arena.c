@@ -22,7 +22,8 @@ static void test_stride_is_the_larger_half(void **state)
 	assert_int_equal(arena_stride(&group), 2560);
 }
 
-/* For every head_dim: whole runs in each half, whole pages, blocks that the metadata has room for, not a unit too many. */
+/* For every head_dim: whole runs in each half, whole pages, blocks that the metadata has room for, not a unit too many.
+ */
 static void test_extent_size_fits_every_geometry(void **state)
 {
 	(void)state;
@@ -34,7 +35,8 @@ static void test_extent_size_fits_every_geometry(void **state)
 			assert_int_equal(size % 4096, 0);
 			assert_int_equal(size % (2 * stride * KVG_RUN_BLOCKS), 0);
 			assert_int_equal(size / 2 % stride, 0);
-			assert_true(size / (2 * stride) <= (pool / (2 * META_MIN_STRIDE) < 64 ? 64 : pool / (2 * META_MIN_STRIDE)));
+			assert_true(size / (2 * stride) <=
+				    (pool / (2 * META_MIN_STRIDE) < 64 ? 64 : pool / (2 * META_MIN_STRIDE)));
 			assert_int_equal(arena_extent_size(size, stride), size);
 		}
 	}

@@ -250,8 +250,7 @@ static void random_step(struct fixture *f)
 		break;
 	default:
 		for (n = random_below(&f->random, 60); n && f->count[owner][generation]; n--)
-			give_one(f, owner, generation,
-				random_below(&f->random, (uint32_t)f->count[owner][generation]));
+			give_one(f, owner, generation, random_below(&f->random, (uint32_t)f->count[owner][generation]));
 	}
 }
 

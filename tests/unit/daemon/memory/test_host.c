@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -117,7 +118,7 @@ static void test_errors(void **state)
 	uint8_t *base = kind_host.reserve(SIZE);
 
 	(void)state;
-	assert_true(kind_host.create((size_t)1 << 62) < 0);
+	assert_true(kind_host.create((size_t)1 << 63) < 0);
 	assert_int_equal(kind_host.map(-1, base, SIZE), -EBADF);
 	assert_null(kind_host.reserve((size_t)1 << 60));
 	kind_host.unreserve(base, SIZE);

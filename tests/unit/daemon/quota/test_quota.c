@@ -1,6 +1,7 @@
 #include "daemon/quota/quota.h"
 
 #include <errno.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "tests/support/runner.h"
@@ -70,8 +71,6 @@ static void test_promise_is_kept(void **state)
 	assert_int_equal(quota_charge(&books.tenant[1], 301, 0, "x", books.text), -ENOSPC);
 	assert_int_equal(quota_charge(&books.tenant[1], 300, 0, "x", books.text), 0);
 	assert_int_equal(quota_charge(&books.tenant[0], 701, 700, "x", books.text), -ENOSPC);
-	assert_int_equal(quota_shortfall(&books.tenant[0], 701, 700), 1);
-	assert_int_equal(quota_shortfall(&books.tenant[0], 700, 700), 0);
 	assert_int_equal(quota_charge(&books.tenant[0], 500, 500, "x", books.text), 0);
 	quota_refund_to_promise(&books.tenant[0], 500, 500);
 	assert_int_equal(quota_promise(&books.tenant[1], 1, "x", books.text), -ENOSPC);
@@ -98,6 +97,21 @@ static void test_lowered_budget(void **state)
 	assert_int_equal(quota_promise(&books.tenant[0], 1, "x", books.text), -ENOSPC);
 	quota_refund(&books.tenant[0], 700);
 	assert_int_equal(books.account[0].promised, 100);
+}
+
+/* Sums of absurd sizes must not wrap around to something that fits. */
+static void test_absurd_sizes(void **state)
+{
+	struct books books;
+
+	(void)state;
+	open_books(&books, 1000, 1000, 1000);
+	assert_int_equal(quota_charge(&books.tenant[0], 10, 0, "x", books.text), 0);
+	assert_int_equal(quota_promise(&books.tenant[0], UINT64_MAX, "x", books.text), -ENOSPC);
+	assert_int_equal(quota_promise(&books.tenant[0], UINT64_MAX - 9, "x", books.text), -ENOSPC);
+	assert_int_equal(quota_charge(&books.tenant[0], UINT64_MAX - 5, 0, "x", books.text), -ENOSPC);
+	assert_int_equal(books.pool_account.charged, 10);
+	assert_int_equal(books.pool_account.promised, 0);
 }
 
 static void test_unreturned(void **state)
@@ -127,6 +141,14 @@ static void check_books(const struct books *books)
 	assert_true(b->charged + b->promised <= b->max);
 }
 
+static bool has_room(const struct books *books, unsigned i, uint64_t bytes)
+{
+	const struct quota_account *pool = &books->pool_account, *account = &books->account[i];
+
+	return pool->charged + pool->promised + bytes <= pool->max &&
+	       account->charged + account->promised + bytes <= account->max;
+}
+
 static void random_step(struct books *books, struct random *random)
 {
 	unsigned i = random_below(random, 2);
@@ -136,18 +158,17 @@ static void random_step(struct books *books, struct random *random)
 
 	switch (random_below(random, 4)) {
 	case 0:
-		fits = books->pool_account.charged + books->pool_account.promised + bytes <= books->pool_account.max &&
-		       account->charged + account->promised + bytes <= account->max;
-		assert_int_equal(
-			quota_promise(&books->tenant[i], bytes, "x", books->text), fits ? 0 : -ENOSPC);
+		fits = has_room(books, i, bytes);
+		assert_int_equal(quota_promise(&books->tenant[i], bytes, "x", books->text), fits ? 0 : -ENOSPC);
 		assert_int_equal(account->promised, before.promised + (fits ? bytes : 0));
 		break;
 	case 1:
 		if (drawn > account->promised)
 			drawn = account->promised;
-		fits = quota_shortfall(&books->tenant[i], bytes, drawn) == 0;
-		assert_int_equal(
-			quota_charge(&books->tenant[i], bytes, drawn, "x", books->text), fits ? 0 : -ENOSPC);
+		fits = books->pool_account.charged + books->pool_account.promised + bytes - drawn <=
+			       books->pool_account.max &&
+		       account->charged + account->promised + bytes - drawn <= account->max;
+		assert_int_equal(quota_charge(&books->tenant[i], bytes, drawn, "x", books->text), fits ? 0 : -ENOSPC);
 		assert_int_equal(account->charged, before.charged + (fits ? bytes : 0));
 		assert_int_equal(account->promised, before.promised - (fits ? drawn : 0));
 		break;
@@ -182,6 +203,7 @@ int main(void)
 		cmocka_unit_test(test_pool_is_a_limit),
 		cmocka_unit_test(test_promise_is_kept),
 		cmocka_unit_test(test_lowered_budget),
+		cmocka_unit_test(test_absurd_sizes),
 		cmocka_unit_test(test_unreturned),
 		cmocka_unit_test(test_random),
 	};

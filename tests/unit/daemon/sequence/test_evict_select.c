@@ -208,8 +208,8 @@ static void test_unscored_tokens_are_refused(void **state)
 	fixture_free(fixture);
 }
 
-/* Decode evictions in the middle of a prompt take candidates away that a prefill eviction counts on. */
-static void test_mixed_modes_are_refused_not_wrong(void **state)
+/* A decode eviction in the middle of a prompt would take candidates away that prefill evictions count on. */
+static void test_decode_waits_for_the_prompt(void **state)
 {
 	struct kvg_policy policy = chunked;
 	struct fixture *fixture = fixture_new(NULL);
@@ -218,11 +218,13 @@ static void test_mixed_modes_are_refused_not_wrong(void **state)
 	(void)state;
 	policy.budget = 150;
 	model = model_new(fixture, &policy, SCORES_RANDOM);
-	assert_int_equal(model_append(model, 350), 0);
+	assert_int_equal(model_append(model, 504), 0);
+	assert_int_equal(fixture_evict(fixture, model->handle, KVG_EVICT_DECODE), -EBUSY);
+	assert_non_null(strstr(fixture->text, "decode eviction at 504 tokens, the prompt has 5 + 500"));
+	assert_int_equal(model_append(model, 1), 0);
 	model_evict(model, KVG_EVICT_DECODE);
-	assert_int_equal(fixture_evict(fixture, model->handle, KVG_EVICT_PREFILL), -EUCLEAN);
-	assert_true(fixture->text[0]);
-	model_check(model);
+	model_evict(model, KVG_EVICT_PREFILL); /* which comes too late, and does nothing */
+	assert_int_equal(fixture->cqe.value[1], 0);
 	model_release(model);
 	fixture_free(fixture);
 }
@@ -266,7 +268,7 @@ int main(void)
 		cmocka_unit_test(test_decode_every_pattern),
 		cmocka_unit_test(test_decode_boundary),
 		cmocka_unit_test(test_unscored_tokens_are_refused),
-		cmocka_unit_test(test_mixed_modes_are_refused_not_wrong),
+		cmocka_unit_test(test_decode_waits_for_the_prompt),
 		cmocka_unit_test(test_marks_of_a_former_owner_do_not_count),
 	};
 

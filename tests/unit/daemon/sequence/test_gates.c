@@ -1,0 +1,145 @@
+#include "daemon/sequence/gates.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "proto/frame.h"
+#include "tests/support/runner.h"
+
+#define PILOT "pilot-lm/gate.safetensors"
+
+static struct kvg_layout pilot_layout(void)
+{
+	struct kvg_layout layout = {.model = "pilot", .hidden_dim = 256, .group_count = 1};
+
+	layout.groups[0] = (struct kvg_group){.layers = 6, .head_count = 4, .query_heads = 2};
+	return layout;
+}
+
+static uint8_t *read_pilot(size_t *ret_size)
+{
+	int fd = open(PILOT, O_RDONLY | O_CLOEXEC);
+	struct stat st;
+	uint8_t *data;
+
+	assert_true(fd >= 0);
+	assert_int_equal(fstat(fd, &st), 0);
+	data = malloc((size_t)st.st_size);
+	assert_non_null(data);
+	assert_int_equal(read(fd, data, (size_t)st.st_size), st.st_size);
+	assert_int_equal(close(fd), 0);
+	*ret_size = (size_t)st.st_size;
+	return data;
+}
+
+/* Loads the pilot's gate, cut to `size` bytes when that is less. */
+static int load(const struct kvg_layout *layout, size_t size, struct gate_set **ret, char text[KVG_TEXT_SIZE])
+{
+	size_t whole;
+	uint8_t *data = read_pilot(&whole);
+	int fd = kvg_memfd_from("gate", data, size < whole ? size : whole), r;
+
+	assert_true(fd >= 0);
+	text[0] = '\0';
+	r = gate_set_load(fd, layout, ret, text, KVG_TEXT_SIZE);
+	assert_int_equal(close(fd), 0);
+	free(data);
+	return r;
+}
+
+static void test_pilot_gate(void **state)
+{
+	struct kvg_layout layout = pilot_layout();
+	struct gate_set *set = NULL;
+	char text[KVG_TEXT_SIZE];
+
+	(void)state;
+	assert_int_equal(load(&layout, SIZE_MAX, &set, text), 0);
+	assert_int_equal(set->layers, 6);
+	assert_int_equal(set->folded, 6); /* its sinks are equal */
+	for (uint32_t i = 0; i < 6; i++)
+		assert_true(kvg_gate_scratch(set->gates[i], 1) > 0);
+	assert_null(gate_set_free(set));
+	assert_null(gate_set_free(NULL));
+}
+
+static void expect_refusal(const struct kvg_layout *layout, const char *expected)
+{
+	struct gate_set *set = NULL;
+	char text[KVG_TEXT_SIZE];
+
+	assert_int_equal(load(layout, SIZE_MAX, &set, text), -EINVAL);
+	assert_string_equal(text, expected);
+	assert_null(set);
+}
+
+static void test_another_geometry(void **state)
+{
+	struct kvg_layout layout = pilot_layout();
+
+	(void)state;
+	layout.groups[0].layers = 7;
+	expect_refusal(&layout, "gate: 6 layers, the layout has 7");
+	layout.groups[0].layers = 5;
+	expect_refusal(&layout, "gate: 6 layers, the layout has 5");
+	layout = pilot_layout();
+	layout.groups[0].head_count = 8;
+	expect_refusal(&layout, "gate: layer 0 has 4 KV heads, group 2, hidden 256; the layout has 8, 2, 256");
+	layout = pilot_layout();
+	layout.groups[0].query_heads = 1;
+	expect_refusal(&layout, "gate: layer 0 has 4 KV heads, group 2, hidden 256; the layout has 4, 1, 256");
+	layout = pilot_layout();
+	layout.hidden_dim = 128;
+	expect_refusal(&layout, "gate: layer 0 has 4 KV heads, group 2, hidden 256; the layout has 4, 2, 128");
+}
+
+/* A file that may still change is not looked at. */
+static void test_unsealed(void **state)
+{
+	struct kvg_layout layout = pilot_layout();
+	struct gate_set *set = NULL;
+	char text[KVG_TEXT_SIZE];
+	int fds[3] = {open(PILOT, O_RDONLY | O_CLOEXEC), kvg_memfd_new("gate", 4096), open("/dev/null", O_RDONLY)};
+
+	(void)state;
+	for (unsigned i = 0; i < 3; i++) {
+		assert_true(fds[i] >= 0);
+		assert_int_equal(gate_set_load(fds[i], &layout, &set, text, sizeof(text)), -EINVAL);
+		assert_string_equal(
+			text, "gate: the descriptor is not a memfd sealed against writing, growing and shrinking");
+		assert_int_equal(close(fds[i]), 0);
+	}
+	assert_null(set);
+}
+
+static void test_truncated(void **state)
+{
+	static const size_t sizes[] = {1, 7, 8, 9, 100, 4000, 20000, 100000};
+	struct kvg_layout layout = pilot_layout();
+	struct gate_set *set = NULL;
+	char text[KVG_TEXT_SIZE];
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+		assert_true(load(&layout, sizes[i], &set, text) < 0);
+		assert_true(text[0]);
+		assert_null(set);
+	}
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_pilot_gate),
+		cmocka_unit_test(test_another_geometry),
+		cmocka_unit_test(test_unsealed),
+		cmocka_unit_test(test_truncated),
+	};
+
+	return runner_run("gates", tests, sizeof(tests) / sizeof(tests[0]));
+}
