@@ -210,17 +210,38 @@ uint64_t blocks_free_anywhere(const struct block_space *space)
 	return (uint64_t)space->extent_count * space->arena->blocks_per_extent - space->used_blocks;
 }
 
-void blocks_take_anywhere(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids)
+static void take_anywhere(
+	struct block_space *space, struct block_owner *owner, unsigned generation, uint64_t count, uint32_t *ids)
 {
 	uint64_t taken = 0;
 
 	while (taken < count && !list_empty(&space->spare)) {
-		open_spare(space, owner, META_HELD);
-		taken += take_open(space, owner, META_HELD, count - taken, ids + taken);
+		open_spare(space, owner, generation);
+		taken += take_open(space, owner, generation, count - taken, ids + taken);
 	}
 	for (struct list *node = space->extents.next; node != &space->extents && taken < count; node = node->next)
-		taken += take_from(space, list_entry(node, struct extent, node), false, count - taken, ids + taken);
+		taken += take_from(space, list_entry(node, struct extent, node), generation == META_NURSERY,
+			count - taken, ids + taken);
 	assert(taken == count);
+}
+
+void blocks_take_anywhere(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids)
+{
+	take_anywhere(space, owner, META_HELD, count, ids);
+}
+
+uint64_t blocks_free_runs_anywhere(const struct block_space *space)
+{
+	uint64_t runs = (uint64_t)space->spare_count * units_per_extent(space, META_NURSERY);
+
+	for (const struct list *node = space->extents.next; node != &space->extents; node = node->next)
+		runs += list_entry(node, struct extent, node)->free_runs;
+	return runs;
+}
+
+void blocks_take_runs_anywhere(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids)
+{
+	take_anywhere(space, owner, META_NURSERY, count, ids);
 }
 
 void blocks_take_open(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids)

@@ -61,6 +61,11 @@ uint64_t blocks_free_anywhere(const struct block_space *space);
 /* Takes single blocks from any extent: the way out when no extent can be had. blocks_free_anywhere() >= count. */
 void blocks_take_anywhere(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids);
 
+/* The same for runs: free ones in all of the worker's extents, and taking `count` of them, of which there are that
+ * many. */
+uint64_t blocks_free_runs_anywhere(const struct block_space *space);
+void blocks_take_runs_anywhere(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids);
+
 /* Takes blocks that already open held extents have free, the owner's first. There are that many. */
 void blocks_take_open(struct block_space *space, struct block_owner *owner, uint64_t count, uint32_t *ids);
 

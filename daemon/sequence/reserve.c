@@ -79,14 +79,17 @@ static void publish_run(struct sequence *sequence, uint32_t row, uint32_t stripe
 		ids[i] = first + i;
 }
 
-/* ahead: runs that the stripes after this one will take. */
-static void add_stripe(struct sequence *sequence, uint64_t ahead)
+/* ahead: runs that the stripes after this one will take; anywhere: from whatever extent has free ones. */
+static void add_stripe(struct sequence *sequence, uint64_t ahead, bool anywhere)
 {
 	struct space *space = sequence->space;
 	struct meta_seq *meta = sequence->meta;
 	uint32_t *runs = meta_run(&space->part, sequence->slot, meta->stripes);
 
-	blocks_take(&space->blocks, &sequence->owner, META_NURSERY, space->rows, ahead, runs);
+	if (anywhere)
+		blocks_take_runs_anywhere(&space->blocks, &sequence->owner, space->rows, runs);
+	else
+		blocks_take(&space->blocks, &sequence->owner, META_NURSERY, space->rows, ahead, runs);
 	for (uint32_t row = 0; row < space->rows; row++)
 		publish_run(sequence, row, meta->stripes, runs[row]);
 	meta->stripes++;
@@ -106,29 +109,19 @@ static uint32_t reserve_missing(const struct sequence *sequence, uint32_t stripe
 	return missing;
 }
 
-static void reserve_step(struct request *request)
+/* Whether extents of either generation have that many runs besides what an eviction counts on. */
+static bool has_runs_anywhere(const struct space *space, uint64_t units)
+{
+	return blocks_free_anywhere(&space->blocks) >= units * KVG_RUN_BLOCKS + space->evict_reserve &&
+	       blocks_free_runs_anywhere(&space->blocks) >= units;
+}
+
+static void reserved(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
 	struct meta_seq *meta = sequence->meta;
-	uint32_t fresh = meta->committed_pos + request->sqe.reserve.tokens - meta->fold_pos;
-	uint32_t stripes = 0, missing, max = sequence->space->part.worker->layout.max_tokens;
+	uint32_t max = request->space->part.worker->layout.max_tokens;
 
-	if (request->grow_status < 0) {
-		request->cqe.status = request->grow_status;
-		request_finish(request);
-		return;
-	}
-	if (fresh > sequence->min_slack)
-		stripes = (fresh - sequence->min_slack + KVG_STRIPE_TOKENS - 1) / KVG_STRIPE_TOKENS;
-	if (stripes > meta->stripes) {
-		missing = reserve_missing(sequence, stripes - meta->stripes);
-		if (missing) {
-			(void)space_grow(request, missing, "reserve", reserve_step);
-			return;
-		}
-		while (meta->stripes < stripes)
-			add_stripe(sequence, (uint64_t)(stripes - meta->stripes - 1) * sequence->space->rows);
-	}
 	meta->reserved_pos = meta->fold_pos + sequence->min_slack + meta->stripes * KVG_STRIPE_TOKENS;
 	if (meta->reserved_pos > max)
 		meta->reserved_pos = max;
@@ -136,6 +129,36 @@ static void reserve_step(struct request *request)
 	sequence_publish(sequence);
 	request->cqe.value[0] = meta->reserved_pos;
 	request_finish(request);
+}
+
+static void reserve_step(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+	struct meta_seq *meta = sequence->meta;
+	uint32_t fresh = meta->committed_pos + request->sqe.reserve.tokens - meta->fold_pos;
+	uint32_t stripes = 0, missing = 0;
+	uint64_t units;
+
+	if (fresh > sequence->min_slack)
+		stripes = (fresh - sequence->min_slack + KVG_STRIPE_TOKENS - 1) / KVG_STRIPE_TOKENS;
+	stripes = stripes > meta->stripes ? stripes - meta->stripes : 0;
+	units = (uint64_t)stripes * sequence->space->rows;
+	if (stripes)
+		missing = reserve_missing(sequence, stripes);
+	if (missing && request->grow_status >= 0) {
+		request->grow_status = space_try_grow(request, missing, "reserve", reserve_step);
+		if (request->grow_status >= 0)
+			return;
+	}
+	/* Its blocks are there, if not in extents of its own: the promise counts blocks of both generations as one. */
+	if (missing && !has_runs_anywhere(sequence->space, units)) {
+		request->cqe.status = request->grow_status;
+		request_finish(request);
+		return;
+	}
+	for (uint32_t i = 0; i < stripes; i++)
+		add_stripe(sequence, (uint64_t)(stripes - i - 1) * sequence->space->rows, missing > 0);
+	reserved(request);
 }
 
 void op_reserve(struct request *request)

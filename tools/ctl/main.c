@@ -90,11 +90,8 @@ int main(int argc, char **argv)
 	char text[OPTIONS_TEXT];
 
 	(void)setlocale(LC_ALL, "");
-	if (options_parse(argc, argv, &options, text) < 0) {
-		(void)complain(EXIT_USAGE, text);
-		(void)fprintf(stderr, "Try 'kvgatectl --help'.\n");
-		return EXIT_USAGE;
-	}
+	if (options_parse(argc, argv, &options, text) < 0)
+		return complain(EXIT_USAGE, text);
 	if (options.help) {
 		print_help(stdout);
 		return finish_output(0);

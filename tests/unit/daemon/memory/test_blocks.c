@@ -357,6 +357,28 @@ static void test_take_anywhere(void **state)
 	free(ids);
 }
 
+/* Whole runs of extents of either generation, when no extent can be had. */
+static void test_take_runs_anywhere(void **state)
+{
+	struct fixture *f = *state;
+	uint32_t ids[3 * RUNS];
+	uint64_t all;
+
+	take(f, 0, META_HELD, 17, 0); /* leaves 13 whole runs */
+	take(f, 1, META_NURSERY, 5, 0);
+	give_one(f, 1, META_NURSERY, 1);
+	add_extents(f, 1);
+	all = blocks_free_runs_anywhere(&f->space);
+	assert_int_equal(all, 13 + 12 + RUNS);
+	blocks_take_runs_anywhere(&f->space, &f->owners[2], all, ids);
+	note_taken(f, 2, META_NURSERY, ids, all);
+	assert_int_equal(blocks_free_runs_anywhere(&f->space), 0);
+	check(f);
+	for (uint32_t i = 0; i < OWNERS; i++)
+		give_all(f, i);
+	check(f);
+}
+
 static void test_closed_extents_give_nothing(void **state)
 {
 	struct fixture *f = *state;
@@ -405,6 +427,7 @@ int main(void)
 		BLOCKS_TEST(test_spare_serves_either_generation),
 		BLOCKS_TEST(test_owner_leaves),
 		BLOCKS_TEST(test_take_anywhere),
+		BLOCKS_TEST(test_take_runs_anywhere),
 		BLOCKS_TEST(test_closed_extents_give_nothing),
 		BLOCKS_TEST(test_places),
 	};

@@ -148,10 +148,22 @@ static struct kvg_policy random_policy(struct random *random, uint32_t max_token
 		.threshold = 0.5f,
 		.budget = random_below(random, 2) ? 0 : 100 + random_below(random, 200)};
 
+	if (policy.budget)
+		policy.floor = 0; /* which of equal scores it keeps depends on their order in the row */
 	policy.max_new_tokens = random_below(random, max_tokens / 3);
 	policy.context_tokens = 1 + random_below(random, max_tokens - policy.max_new_tokens - 50);
 	policy.chunk_tokens = random_below(random, 3) ? 100 + random_below(random, 300) : 0;
 	return policy;
+}
+
+/* A decode budget keeps all of equal scores, however many, so that no promise could hold. */
+static enum score_pattern random_pattern(struct random *random, const struct kvg_policy *policy)
+{
+	static const enum score_pattern distinct[] = {
+		SCORES_RANDOM, SCORES_ASCENDING, SCORES_DESCENDING, SCORES_ONE_ROW};
+
+	return policy->budget ? distinct[random_below(random, 4)]
+			      : (enum score_pattern)random_below(random, SCORES_PATTERNS);
 }
 
 /* One step of a sequence's life as kvgate-lm leads it; false at its end. */
@@ -190,7 +202,7 @@ static void live_alone(struct random *random, size_t extent_size)
 	struct fixture *fixture = fixture_new(
 		&(struct fixture_options){.max_tokens = 2000, .extent_size = extent_size, .layers = 2, .heads = 3});
 	struct kvg_policy policy = random_policy(random, 2000);
-	struct model *model = model_new(fixture, &policy, (enum score_pattern)random_below(random, SCORES_PATTERNS));
+	struct model *model = model_new(fixture, &policy, random_pattern(random, &policy));
 
 	close_budget(fixture);
 	while (live_a_step(model))
@@ -220,7 +232,7 @@ static void live_together(struct random *random, size_t extent_size)
 	for (unsigned i = 0; i < 5; i++) {
 		struct kvg_policy policy = random_policy(random, 1200);
 
-		models[i] = model_new(fixture, &policy, (enum score_pattern)random_below(random, SCORES_PATTERNS));
+		models[i] = model_new(fixture, &policy, random_pattern(random, &policy));
 	}
 	close_budget(fixture);
 	while (alive) {

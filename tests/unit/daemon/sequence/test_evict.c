@@ -24,7 +24,7 @@ static uint64_t round_up(uint64_t blocks, const struct arena *arena)
  * Full + two stripes, to the byte of an extent, from extents of half a stripe to extents of 32 of them. Large ones
  * have no room for a held extent beside the nursery ones, so blocks come from extents that are draining.
  */
-static void evict_in_two_stripes(size_t extent_size, uint8_t level, enum score_pattern pattern)
+static void evict_in_two_stripes(size_t extent_size, unsigned level, enum score_pattern pattern)
 {
 	struct fixture *fixture = fixture_new(&(struct fixture_options){.extent_size = extent_size});
 	struct kvg_policy policy = base;
@@ -32,7 +32,7 @@ static void evict_in_two_stripes(size_t extent_size, uint8_t level, enum score_p
 	uint64_t full = round_up(12 * stripe, fixture->space->arena);
 	struct model *model;
 
-	policy.level = level;
+	policy.level = (uint8_t)level;
 	policy.max_new_tokens = 0;
 	fixture->tenant->quota.account->max = round_up((12 + 2) * stripe, fixture->space->arena);
 	model = model_new(fixture, &policy, pattern);
@@ -50,7 +50,7 @@ static void test_in_two_spare_stripes(void **state)
 
 	(void)state;
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
-		for (uint8_t level = 0; level <= KVG_LEVEL_ADAKV_LAYER; level++)
+		for (unsigned level = 0; level <= KVG_LEVEL_ADAKV_LAYER; level++)
 			for (int pattern = 0; pattern < SCORES_PATTERNS; pattern++)
 				evict_in_two_stripes(sizes[i], level, (enum score_pattern)pattern);
 }

@@ -30,11 +30,11 @@ static void run_prompt(const struct kvg_policy *policy, enum score_pattern patte
 static void test_chunked_every_level_and_pattern(void **state)
 {
 	(void)state;
-	for (uint8_t level = 0; level <= KVG_LEVEL_ADAKV_LAYER; level++) {
+	for (unsigned level = 0; level <= KVG_LEVEL_ADAKV_LAYER; level++) {
 		for (int pattern = 0; pattern < SCORES_PATTERNS; pattern++) {
 			struct kvg_policy policy = chunked;
 
-			policy.level = level;
+			policy.level = (uint8_t)level;
 			run_prompt(&policy, (enum score_pattern)pattern);
 		}
 	}
@@ -43,11 +43,11 @@ static void test_chunked_every_level_and_pattern(void **state)
 static void test_once_every_level_and_pattern(void **state)
 {
 	(void)state;
-	for (uint8_t level = 0; level <= KVG_LEVEL_ADAKV_LAYER; level++) {
+	for (unsigned level = 0; level <= KVG_LEVEL_ADAKV_LAYER; level++) {
 		for (int pattern = 0; pattern < SCORES_PATTERNS; pattern++) {
 			struct kvg_policy policy = chunked;
 
-			policy.level = level;
+			policy.level = (uint8_t)level;
 			policy.mode = KVG_MODE_ONCE;
 			run_prompt(&policy, (enum score_pattern)pattern);
 		}
@@ -119,10 +119,10 @@ static void test_protected_ranges_stay(void **state)
 	struct model *model;
 
 	(void)state;
-	for (uint8_t level = 0; level <= KVG_LEVEL_ADAKV_LAYER; level++) {
+	for (unsigned level = 0; level <= KVG_LEVEL_ADAKV_LAYER; level++) {
 		struct kvg_policy policy = chunked;
 
-		policy.level = level;
+		policy.level = (uint8_t)level;
 		policy.ratio = 0.1;
 		model = model_new(fixture, &policy, SCORES_DESCENDING);
 		model_protect(model, 130, 190);

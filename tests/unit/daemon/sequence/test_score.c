@@ -252,7 +252,7 @@ static void test_hidden_states(void **state)
 	fixture->space->part.worker->layout.hidden_dim = 256;
 	fixture->layout.hidden_dim = 256;
 	space_set_gates(fixture->space, load_pilot(&fixture->layout));
-	fixture->staging = realloc(fixture->staging, count * sizeof(uint16_t));
+	fixture->staging = realloc(fixture->staging, 2 * count);
 	assert_non_null(fixture->staging);
 	fixture->space->staging = fixture->staging;
 	fixture->space->staging_size = count * sizeof(uint16_t);

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "tests/support/runner.h"
@@ -40,7 +41,7 @@ static struct kvg_layout layout_of(const char *model, uint32_t k_dim)
 {
 	struct kvg_layout layout = {.group_count = 1, .max_sequences = 4, .max_tokens = 100};
 
-	(void)strcpy(layout.model, model);
+	(void)snprintf(layout.model, sizeof(layout.model), "%s", model);
 	layout.groups[0] = (struct kvg_group){.k_dim = k_dim, .v_dim = 8, .k_dtype = KVG_BF16, .v_dtype = KVG_BF16};
 	return layout;
 }

@@ -1,0 +1,350 @@
+#include "daemon/session/outbox.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "control.pb-c.h"
+#include "proto/frame.h"
+#include "tests/support/runner.h"
+
+struct ends {
+	struct outbox outbox;
+	int daemon, peer;
+	uint64_t sent, received; /* numbers of messages */
+};
+
+static int ends_setup(void **state)
+{
+	static struct ends ends;
+	int fds[2];
+
+	assert_int_equal(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds), 0);
+	ends = (struct ends){.daemon = fds[0], .peer = fds[1]};
+	outbox_init(&ends.outbox, ends.daemon);
+	*state = &ends;
+	return 0;
+}
+
+static int ends_teardown(void **state)
+{
+	struct ends *ends = *state;
+
+	outbox_deinit(&ends->outbox);
+	(void)close(ends->daemon);
+	if (ends->peer >= 0)
+		(void)close(ends->peer);
+	return 0;
+}
+
+/* Messages are numbered from 1. */
+static int send_fds(struct ends *ends, const int *fds, unsigned fd_count)
+{
+	Kvg__Wake wake = KVG__WAKE__INIT;
+	Kvg__WorkerReply reply = KVG__WORKER_REPLY__INIT;
+	int r;
+
+	reply.has_id = 1;
+	reply.id = ends->sent + 1;
+	reply.body_case = KVG__WORKER_REPLY__BODY_WAKE;
+	reply.wake = &wake;
+	r = outbox_send(&ends->outbox, &reply.base, fds, fd_count);
+	ends->sent += r == 0;
+	return r;
+}
+
+static int send_one(struct ends *ends)
+{
+	return send_fds(ends, NULL, 0);
+}
+
+/* Sends the same descriptor many times in one message. */
+static int send_copies(struct ends *ends, int fd, unsigned count)
+{
+	int fds[KVG_FRAME_FDS];
+
+	for (unsigned i = 0; i < count; i++)
+		fds[i] = fd;
+	return send_fds(ends, fds, count);
+}
+
+/* The peer reads the next message, which must be the next in number. False when there is none. */
+static bool receive_one(struct ends *ends, struct kvg_frame *frame)
+{
+	Kvg__WorkerReply *reply;
+	int r = kvg_frame_receive(ends->peer, KVG_FRAME_MAX, KVG_FRAME_FDS, 0, frame);
+
+	if (r == -EAGAIN)
+		return false;
+	assert_int_equal(r, 1);
+	reply = kvg__worker_reply__unpack(NULL, frame->size, frame->data);
+	assert_non_null(reply);
+	assert_int_equal(reply->id, ++ends->received);
+	assert_int_equal(reply->body_case, KVG__WORKER_REPLY__BODY_WAKE);
+	kvg__worker_reply__free_unpacked(reply, NULL);
+	return true;
+}
+
+/* Reads one message with that many descriptors and closes them. */
+static void expect_fds(struct ends *ends, unsigned count)
+{
+	struct kvg_frame frame;
+
+	assert_true(receive_one(ends, &frame));
+	assert_int_equal(frame.fd_count, count);
+	kvg_frame_deinit(&frame);
+}
+
+static void receive_all(struct ends *ends)
+{
+	struct kvg_frame frame;
+
+	while (receive_one(ends, &frame))
+		kvg_frame_deinit(&frame);
+}
+
+static void fill_socket(struct ends *ends)
+{
+	while (ends->outbox.count == 0)
+		assert_int_equal(send_one(ends), 0);
+	assert_true(ends->sent > 1);
+}
+
+static void test_sends_at_once(void **state)
+{
+	struct ends *ends = *state;
+	struct kvg_frame frame;
+
+	assert_int_equal(outbox_flush(&ends->outbox), 0);
+	for (unsigned i = 0; i < 3; i++)
+		assert_int_equal(send_one(ends), 0);
+	assert_int_equal(ends->outbox.count, 0);
+	for (unsigned i = 0; i < 3; i++)
+		expect_fds(ends, 0);
+	assert_false(receive_one(ends, &frame));
+}
+
+static void test_order_across_full_socket(void **state)
+{
+	struct ends *ends = *state;
+
+	fill_socket(ends);
+	for (unsigned i = 0; i < 100; i++)
+		assert_int_equal(send_one(ends), 0);
+	assert_int_equal(ends->outbox.count, 101);
+	assert_int_equal(outbox_flush(&ends->outbox), 0);
+	assert_int_equal(ends->outbox.count, 101);
+	expect_fds(ends, 0);
+	receive_all(ends);
+	assert_int_equal(ends->received, ends->sent - 101);
+	assert_int_equal(send_one(ends), 0); /* what is queued goes first */
+	assert_int_equal(ends->outbox.count, 0);
+	receive_all(ends);
+	assert_int_equal(ends->received, ends->sent);
+}
+
+static void test_flush_in_parts(void **state)
+{
+	struct ends *ends = *state;
+
+	fill_socket(ends);
+	for (unsigned i = 1; i < OUTBOX_PACKETS; i++)
+		assert_int_equal(send_one(ends), 0);
+	while (ends->outbox.count) {
+		unsigned before = ends->outbox.count;
+
+		receive_all(ends);
+		assert_int_equal(outbox_flush(&ends->outbox), 0);
+		assert_true(ends->outbox.count < before);
+	}
+	receive_all(ends);
+	assert_int_equal(ends->received, ends->sent);
+}
+
+static void test_packet_limit(void **state)
+{
+	struct ends *ends = *state;
+
+	fill_socket(ends);
+	while (ends->outbox.count < OUTBOX_PACKETS)
+		assert_int_equal(send_one(ends), 0);
+	assert_int_equal(send_one(ends), -EOVERFLOW);
+	assert_int_equal(ends->outbox.count, OUTBOX_PACKETS);
+	receive_all(ends);
+	assert_int_equal(send_one(ends), 0);
+	while (ends->received < ends->sent) {
+		receive_all(ends);
+		assert_int_equal(outbox_flush(&ends->outbox), 0);
+	}
+	assert_int_equal(ends->outbox.count, 0);
+}
+
+/* ---- descriptors ---- */
+
+static int file_new(ino_t *ret_inode)
+{
+	struct stat st;
+	int fd = kvg_memfd_new("outbox", 4096);
+
+	assert_true(fd >= 0);
+	assert_int_equal(fstat(fd, &st), 0);
+	*ret_inode = st.st_ino;
+	return fd;
+}
+
+static void test_queued_descriptor_is_a_duplicate(void **state)
+{
+	struct ends *ends = *state;
+	struct kvg_frame frame;
+	struct stat st;
+	ino_t inode;
+	int fd = file_new(&inode);
+
+	fill_socket(ends);
+	assert_int_equal(send_fds(ends, &fd, 1), 0);
+	assert_int_equal(ends->outbox.fd_count, 1);
+	assert_int_equal(close(fd), 0);
+	receive_all(ends);
+	assert_int_equal(outbox_flush(&ends->outbox), 0);
+	assert_int_equal(ends->outbox.fd_count, 0);
+	expect_fds(ends, 0);
+	assert_true(receive_one(ends, &frame));
+	assert_int_equal(frame.fd_count, 1);
+	assert_int_equal(fstat(frame.fds[0], &st), 0);
+	assert_int_equal(st.st_ino, inode);
+	kvg_frame_deinit(&frame);
+	assert_int_equal(ends->received, ends->sent);
+}
+
+/* The runner counts descriptors; this one sees when the last reference to a file goes. */
+static void test_deinit_closes_descriptors(void **state)
+{
+	struct ends *ends = *state;
+	int pipe_fds[2];
+	char byte;
+
+	assert_int_equal(pipe2(pipe_fds, O_CLOEXEC | O_NONBLOCK), 0);
+	fill_socket(ends);
+	assert_int_equal(send_copies(ends, pipe_fds[1], 3), 0);
+	assert_int_equal(close(pipe_fds[1]), 0);
+	assert_int_equal(read(pipe_fds[0], &byte, 1), -1);
+	assert_int_equal(errno, EAGAIN);
+	outbox_deinit(&ends->outbox);
+	assert_int_equal(read(pipe_fds[0], &byte, 1), 0);
+	assert_int_equal(close(pipe_fds[0]), 0);
+}
+
+/* Fills the share of descriptors in flight: four messages. */
+static void fill_flight(struct ends *ends, int fd)
+{
+	for (unsigned i = 0; i < OUTBOX_IN_FLIGHT / KVG_FRAME_FDS; i++)
+		assert_int_equal(send_copies(ends, fd, KVG_FRAME_FDS), 0);
+	assert_int_equal(ends->outbox.count, 0);
+	assert_int_equal(ends->outbox.in_flight, OUTBOX_IN_FLIGHT);
+}
+
+static void test_descriptors_in_flight(void **state)
+{
+	struct ends *ends = *state;
+	struct kvg_frame frame;
+	ino_t inode;
+	int fd = file_new(&inode);
+
+	fill_flight(ends, fd);
+	assert_int_equal(send_one(ends), 0); /* without descriptors: passes */
+	assert_int_equal(ends->outbox.count, 0);
+	assert_int_equal(send_fds(ends, &fd, 1), 0);
+	assert_int_equal(send_one(ends), 0); /* behind the one that waits */
+	assert_int_equal(ends->outbox.count, 2);
+	for (unsigned i = 0; i < OUTBOX_IN_FLIGHT / KVG_FRAME_FDS; i++)
+		expect_fds(ends, KVG_FRAME_FDS);
+	assert_int_equal(outbox_flush(&ends->outbox), 0);
+	assert_int_equal(ends->outbox.count, 2); /* one packet is unread */
+	expect_fds(ends, 0);
+	assert_false(receive_one(ends, &frame));
+	assert_int_equal(outbox_flush(&ends->outbox), 0);
+	assert_int_equal(ends->outbox.count, 0);
+	assert_int_equal(ends->outbox.in_flight, 1);
+	expect_fds(ends, 1);
+	expect_fds(ends, 0);
+	assert_int_equal(close(fd), 0);
+}
+
+static void test_descriptor_limit(void **state)
+{
+	struct ends *ends = *state;
+	struct rlimit before, limit;
+	ino_t inode;
+	int fd = file_new(&inode);
+
+	assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+	assert_true(before.rlim_max > OUTBOX_FDS + 100);
+	limit = before;
+	limit.rlim_cur = before.rlim_max;
+	assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+	fill_flight(ends, fd);
+	for (unsigned i = 0; i < OUTBOX_FDS / KVG_FRAME_FDS; i++)
+		assert_int_equal(send_copies(ends, fd, KVG_FRAME_FDS), 0);
+	assert_int_equal(ends->outbox.fd_count, OUTBOX_FDS);
+	assert_int_equal(send_fds(ends, &fd, 1), -EOVERFLOW);
+	assert_int_equal(ends->outbox.fd_count, OUTBOX_FDS);
+	assert_int_equal(send_one(ends), 0);
+	while (ends->received < ends->sent) {
+		receive_all(ends);
+		assert_int_equal(outbox_flush(&ends->outbox), 0);
+		assert_true(ends->outbox.in_flight <= OUTBOX_IN_FLIGHT);
+	}
+	assert_int_equal(ends->outbox.fd_count, 0);
+	assert_int_equal(close(fd), 0);
+	assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+}
+
+/* ---- the peer is gone ---- */
+
+static void test_peer_gone(void **state)
+{
+	struct ends *ends = *state;
+
+	assert_int_equal(close(ends->peer), 0);
+	ends->peer = -1;
+	assert_int_equal(send_one(ends), -EPIPE);
+	assert_int_equal(ends->outbox.count, 0);
+	assert_int_equal(outbox_flush(&ends->outbox), 0);
+}
+
+static void test_peer_gone_with_queue(void **state)
+{
+	struct ends *ends = *state;
+
+	fill_socket(ends);
+	receive_all(ends);
+	assert_int_equal(close(ends->peer), 0);
+	ends->peer = -1;
+	assert_int_equal(outbox_flush(&ends->outbox), -EPIPE);
+	assert_int_equal(send_one(ends), -EPIPE);
+	assert_int_equal(ends->outbox.count, 1);
+}
+
+#define WITH_ENDS(test) cmocka_unit_test_setup_teardown(test, ends_setup, ends_teardown)
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		WITH_ENDS(test_sends_at_once),
+		WITH_ENDS(test_order_across_full_socket),
+		WITH_ENDS(test_flush_in_parts),
+		WITH_ENDS(test_packet_limit),
+		WITH_ENDS(test_queued_descriptor_is_a_duplicate),
+		WITH_ENDS(test_deinit_closes_descriptors),
+		WITH_ENDS(test_descriptors_in_flight),
+		WITH_ENDS(test_descriptor_limit),
+		WITH_ENDS(test_peer_gone),
+		WITH_ENDS(test_peer_gone_with_queue),
+	};
+
+	return runner_run("daemon/session/outbox", tests, sizeof(tests) / sizeof(tests[0]));
+}
