@@ -315,10 +315,13 @@ int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *re
 	struct walk walk = {0};
 	struct audit audit = {0};
 	struct meta_header header;
+	ssize_t n = pread(meta_fd, &header, sizeof(header), 0);
 	uint8_t *base;
 	int r;
 
-	if (pread(meta_fd, &header, sizeof(header), 0) != sizeof(header) || header.magic != META_MAGIC)
+	if (n < 0)
+		return -errno;
+	if (n != sizeof(header) || header.magic != META_MAGIC)
 		return -EBADMSG;
 	base = mmap(NULL, header.fixed_size, PROT_READ, MAP_SHARED | MAP_NORESERVE, meta_fd, 0);
 	if (base == MAP_FAILED)

@@ -101,6 +101,19 @@ static void clamp_scored(const struct sequence *sequence)
 			scored[i] = sequence->meta->committed_pos;
 }
 
+/* Blocks that the sequence may come to have: those it has, when all its tokens have been read and made. */
+static uint64_t future_need(const struct sequence *sequence)
+{
+	const struct meta_seq *meta = sequence->meta;
+	const struct kvg_policy *policy = &meta->policy;
+	uint32_t rows = sequence->space->rows;
+
+	if (meta->committed_pos >= (uint64_t)policy->prefix_tokens + policy->context_tokens + policy->max_new_tokens)
+		return meta->blocks;
+	return admission_blocks(policy, rows, meta->committed_pos, meta->pairs) +
+	       protected_blocks(meta, rows, meta->fold_pos);
+}
+
 static void end(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
@@ -119,8 +132,7 @@ static void end(struct request *request)
 	meta->evictions++;
 	meta->prune_start = meta->next_prune_start;
 	set_phase(meta, META_PHASE_NONE);
-	meta->admitted = admission_blocks(&meta->policy, request->space->rows, meta->committed_pos, meta->pairs) +
-			 protected_blocks(meta, request->space->rows, meta->fold_pos);
+	meta->admitted = future_need(sequence);
 	promise_update(sequence);
 	sequence_publish(sequence);
 	report(request, request->evict->dropped);

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "proto/frame.h"
 #include "tests/support/space_model.h"
 
 static const struct kvg_policy evicted = {.ratio = 0.4,
@@ -287,12 +288,15 @@ static void test_many_differences(void **state)
 	fixture_audit(scene->fixture);
 }
 
-static void test_bad_descriptor(void **state)
+static void test_not_the_metadata(void **state)
 {
 	struct audit audit;
+	int fd = kvg_memfd_new("other", 1 << 16);
 
 	(void)state;
 	assert_int_equal(audit_run(-1, fixture_physical, NULL, &audit), -EBADF);
+	assert_int_equal(audit_run(fd, fixture_physical, NULL, &audit), -EBADMSG);
+	assert_int_equal(close(fd), 0);
 }
 
 #define AUDIT_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
@@ -309,7 +313,7 @@ int main(void)
 		AUDIT_TEST(test_extents),
 		AUDIT_TEST(test_physical_memory),
 		AUDIT_TEST(test_many_differences),
-		cmocka_unit_test(test_bad_descriptor),
+		cmocka_unit_test(test_not_the_metadata),
 	};
 
 	return runner_run("audit", tests, sizeof(tests) / sizeof(tests[0]));

@@ -1,16 +1,21 @@
-/* One promise for a worker, rights of its sequences. */
+/* What admitted sequences may still draw: rights of each, one promise for all. */
 #include "daemon/sequence/promise.h"
 
 #include <errno.h>
-#include <string.h>
+#include <stdlib.h>
 
 #include "tests/support/space_fixture.h"
 
-#define EXTENT (64u << 10) /* 128 blocks: 4 stripes of 4 rows */
+#define EXTENT (64u << 10) /* 4 stripes of the fixture's geometry, 512 tokens */
 
-static uint64_t create(struct fixture *fixture, uint32_t context)
+static struct fixture *fixture_of(unsigned extents)
 {
-	struct kvg_policy policy = {.context_tokens = context};
+	return fixture_new(&(struct fixture_options){.device_max = (uint64_t)extents * EXTENT});
+}
+
+static uint64_t admit(struct fixture *fixture, uint32_t tokens)
+{
+	struct kvg_policy policy = {.context_tokens = tokens};
 	uint64_t handle = 0;
 
 	if (fixture_create(fixture, &policy, &handle) < 0)
@@ -18,130 +23,132 @@ static uint64_t create(struct fixture *fixture, uint32_t context)
 	return handle;
 }
 
-static void check(const struct fixture *fixture, uint64_t extents_promised, uint64_t rights)
+static void expect(const struct fixture *fixture, unsigned charged, unsigned promised)
 {
-	const struct space *space = fixture->space;
-	uint64_t sum = 0;
-
-	for (uint32_t i = 0; i < fixture->layout.max_sequences; i++)
-		sum += space->sequences[i] ? space->sequences[i]->right : 0;
-	assert_int_equal(space->rights, sum);
-	assert_int_equal(space->rights, rights);
-	assert_int_equal(space->part.worker->promised, extents_promised * EXTENT);
-	assert_int_equal(fixture_account(fixture)->promised, extents_promised * EXTENT);
+	assert_int_equal(fixture_account(fixture)->charged, (uint64_t)charged * EXTENT);
+	assert_int_equal(fixture_account(fixture)->promised, (uint64_t)promised * EXTENT);
+	assert_int_equal(fixture->space->part.worker->promised, (uint64_t)promised * EXTENT);
 }
 
-static void test_rights_shrink_as_blocks_come(void **state)
+static void test_drawing(void **state)
 {
-	struct fixture *fixture = fixture_new(NULL);
-	uint64_t handle = create(fixture, 1024);
+	struct fixture *fixture = fixture_of(2);
+	uint64_t handle = admit(fixture, 1024);
 
 	(void)state;
-	check(fixture, 2, 2);
-	assert_int_equal(fixture_reserve(fixture, handle, 128), 0);
-	check(fixture, 1, 2); /* three quarters of the extent are anybody's */
+	expect(fixture, 0, 2);
+	assert_int_equal(fixture_reserve(fixture, handle, 1), 0);
+	expect(fixture, 1, 1);
 	assert_int_equal(fixture_reserve(fixture, handle, 512), 0);
-	check(fixture, 1, 1);
+	expect(fixture, 1, 1);
 	assert_int_equal(fixture_reserve(fixture, handle, 1024), 0);
-	check(fixture, 0, 0);
+	expect(fixture, 2, 0);
 	assert_int_equal(fixture_release(fixture, handle), 0);
-	check(fixture, 0, 0);
+	expect(fixture, 0, 0);
 	fixture_free(fixture);
 }
 
-/* The first of two fills half an extent, the second the other half: the first must still get its own. */
-static void test_shared_extents(void **state)
+/* A sequence that wants more than it was admitted with does not get what another was promised. */
+static void test_nobody_takes_anothers(void **state)
 {
-	struct fixture *fixture = fixture_new(&(struct fixture_options){.device_max = 2 * EXTENT});
-	uint64_t a = create(fixture, 512), b = create(fixture, 256);
+	struct fixture *fixture = fixture_of(3);
+	uint64_t modest = admit(fixture, 512), large = admit(fixture, 1024);
 
 	(void)state;
-	check(fixture, 2, 2);
-	assert_int_equal(fixture_reserve(fixture, a, 256), 0);
-	assert_int_equal(fixture_reserve(fixture, b, 256), 0);
-	assert_int_equal(fixture_account(fixture)->charged, EXTENT);
-	if (fixture_reserve(fixture, a, 512) < 0)
-		fail_msg("%s", fixture->text);
-	assert_int_equal(fixture_account(fixture)->charged, 2 * EXTENT);
-	check(fixture, 0, 0);
+	expect(fixture, 0, 3);
+	assert_int_equal(fixture_reserve(fixture, modest, 1024), -ENOSPC);
+	expect(fixture, 0, 3);
+	assert_int_equal(fixture_reserve(fixture, large, 1024), 0);
+	assert_int_equal(fixture_reserve(fixture, modest, 512), 0);
+	expect(fixture, 3, 0);
+	assert_int_equal(fixture_reserve(fixture, modest, 513), -ENOSPC);
 	fixture_free(fixture);
 }
 
-/* A sequence that takes more than it was admitted with has no right to what others were promised. */
-static void test_no_right_beyond_the_admission(void **state)
+/* Beyond its need a sequence gets what nobody was promised. */
+static void test_the_unpromised_is_everybodys(void **state)
 {
-	struct fixture *fixture = fixture_new(&(struct fixture_options){.device_max = 3 * EXTENT});
-	uint64_t greedy = create(fixture, 512), honest = create(fixture, 1024);
+	struct fixture *fixture = fixture_of(4);
+	uint64_t modest = admit(fixture, 512), large = admit(fixture, 1024);
 
 	(void)state;
-	assert_int_equal(fixture_reserve(fixture, greedy, 512), 0);
-	assert_int_equal(fixture_reserve(fixture, greedy, 513), -ENOSPC);
-	assert_non_null(strstr(fixture->text, "promised 128.0 KiB, reserve needs 64.0 KiB: 65536 bytes short"));
-	assert_int_equal(fixture_reserve(fixture, honest, 1024), 0);
+	assert_int_equal(fixture_reserve(fixture, modest, 1024), 0);
+	expect(fixture, 2, 2);
+	assert_int_equal(fixture_reserve(fixture, modest, 1025), -ENOSPC);
+	assert_int_equal(fixture_reserve(fixture, large, 1024), 0);
+	expect(fixture, 4, 0);
 	fixture_free(fixture);
 }
 
-/* A sequence that goes takes its right along, and what nobody has a right to is free for others. */
-static void test_rights_go_with_their_sequence(void **state)
+/* Sequences that share extents, in turns, in a budget of exactly their promises: each gets its need. */
+static void test_turns(void **state)
 {
-	struct fixture *fixture = fixture_new(&(struct fixture_options){.device_max = 4 * EXTENT});
-	uint64_t a = create(fixture, 1024), b = create(fixture, 512);
+	struct fixture *fixture = fixture_of(6);
+	uint64_t handles[3];
 
 	(void)state;
-	check(fixture, 3, 3);
-	assert_int_equal(fixture_release(fixture, a), 0);
-	check(fixture, 1, 1);
-	a = create(fixture, 1536);
-	check(fixture, 4, 4);
-	assert_int_equal(fixture_release(fixture, b), 0);
-	assert_int_equal(fixture_release(fixture, a), 0);
-	check(fixture, 0, 0);
+	for (unsigned i = 0; i < 3; i++)
+		handles[i] = admit(fixture, 640); /* 1.25 extents, 2 promised */
+	expect(fixture, 0, 6);
+	for (uint32_t tokens = 128; tokens <= 640; tokens += 128)
+		for (unsigned i = 0; i < 3; i++)
+			assert_int_equal(fixture_reserve(fixture, handles[i], tokens), 0);
+	assert_int_equal(fixture_account(fixture)->promised, 0);
+	assert_true(fixture_account(fixture)->charged <= (uint64_t)6 * EXTENT);
 	fixture_free(fixture);
 }
 
-static void test_arithmetic(void **state)
+static void feed(struct fixture *fixture, uint64_t handle, uint32_t pos, uint32_t tokens)
 {
-	struct fixture *fixture = fixture_new(&(struct fixture_options){.device_max = 2 * EXTENT});
-	struct space *space = fixture->space;
-	char text[QUOTA_TEXT];
+	float *scores = calloc((size_t)tokens * 4, sizeof(float));
 
-	(void)state;
-	assert_int_equal(promise_admit(space, 0, "x", text), 0);
-	assert_int_equal(space->part.worker->promised, 0);
-	assert_int_equal(promise_admit(space, 257, "x", text), -ENOSPC);
-	assert_int_equal(promise_admit(space, 256, "x", text), 0);
-	assert_int_equal(space->part.worker->promised, 2 * EXTENT);
-	promise_settle(space); /* nobody has a right to it */
-	check(fixture, 0, 0);
-	fixture_free(fixture);
+	for (uint32_t i = 0; i < tokens * 4; i++)
+		scores[i] = (float)(i % 97) / 97.0f;
+	assert_int_equal(fixture_reserve(fixture, handle, tokens), 0);
+	assert_int_equal(fixture_stage(fixture, handle, pos, tokens, scores), 0);
+	assert_int_equal(fixture_commit(fixture, handle, pos + tokens), 0);
+	free(scores);
 }
 
-/* What a shared extent took out of the promise comes back out of the worker's own refunds. */
-static void test_refund_restores_rights(void **state)
+/* What an eviction frees is promised for the next chunk before anybody else can have it. */
+static void test_refunds_become_promise(void **state)
 {
-	struct fixture *fixture = fixture_new(NULL);
-	uint64_t handle = create(fixture, 1024);
+	struct kvg_policy policy = {.mode = KVG_MODE_CHUNKED,
+		.ratio = 0.25,
+		.flags = KVG_POLICY_WINDOW_ABSOLUTE,
+		.context_tokens = 2048,
+		.chunk_tokens = 1024,
+		.window = 16};
+	struct fixture *fixture = fixture_of(4);
+	uint64_t handle, none;
 
 	(void)state;
-	assert_int_equal(promise_available(fixture->space->sequences[(uint32_t)handle], 5 * EXTENT), 2 * EXTENT);
-	assert_int_equal(promise_available(fixture->space->sequences[(uint32_t)handle], EXTENT / 2), EXTENT / 2);
-	promise_drawn(fixture->space, EXTENT); /* as if for an extent that is shared */
-	assert_int_equal(promise_available(fixture->space->sequences[(uint32_t)handle], 5 * EXTENT), EXTENT);
-	assert_int_equal(promise_refund(fixture->space, 5 * EXTENT), EXTENT);
-	assert_int_equal(promise_refund(fixture->space, 5 * EXTENT), 0);
-	check(fixture, 2, 2);
+	assert_int_equal(fixture_create(fixture, &policy, &handle), 0);
+	expect(fixture, 0, 4); /* 1024 tokens held to a quarter, 1024 fresh, and two spare stripes */
+	feed(fixture, handle, 0, 1024);
+	fixture->hold_unmapped = true;
+	assert_int_equal(fixture_evict(fixture, handle, KVG_EVICT_PREFILL), 0);
+	assert_true(fixture_account(fixture)->unreturned > 0);
+	assert_int_equal(fixture_create(fixture, &(struct kvg_policy){.context_tokens = 512}, &none), -ENOSPC);
+	fixture->hold_unmapped = false;
+	fixture_acknowledge(fixture);
+	assert_int_equal(fixture_account(fixture)->unreturned, 0);
+	assert_int_equal(fixture_create(fixture, &(struct kvg_policy){.context_tokens = 512}, &none), -ENOSPC);
+	feed(fixture, handle, 1024, 1024);
+	assert_int_equal(fixture_evict(fixture, handle, KVG_EVICT_PREFILL), 0);
+	assert_int_equal(fixture_account(fixture)->promised, 0); /* nothing is to come */
+	assert_int_equal(fixture_create(fixture, &(struct kvg_policy){.context_tokens = 512}, &none), 0);
 	fixture_free(fixture);
 }
 
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_rights_shrink_as_blocks_come),
-		cmocka_unit_test(test_shared_extents),
-		cmocka_unit_test(test_no_right_beyond_the_admission),
-		cmocka_unit_test(test_rights_go_with_their_sequence),
-		cmocka_unit_test(test_arithmetic),
-		cmocka_unit_test(test_refund_restores_rights),
+		cmocka_unit_test(test_drawing),
+		cmocka_unit_test(test_nobody_takes_anothers),
+		cmocka_unit_test(test_the_unpromised_is_everybodys),
+		cmocka_unit_test(test_turns),
+		cmocka_unit_test(test_refunds_become_promise),
 	};
 
 	return runner_run("promise", tests, sizeof(tests) / sizeof(tests[0]));

@@ -1,0 +1,263 @@
+/* What the operator sees and may change. */
+#include "tests/support/session_fixture.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+struct scene {
+	struct session *session;
+	struct session_peer *client, *worker;
+	Kvg__AdminReply *reply;
+	uint64_t handle;
+};
+
+static int setup(void **state)
+{
+	struct scene *scene = calloc(1, sizeof(*scene));
+	struct kvg_sqe sqe = {.op = KVG_OP_CREATE, .create.context_tokens = 1024};
+
+	if (!scene)
+		return -1;
+	scene->session = session_new();
+	scene->client = session_connect_admin(scene->session);
+	scene->worker = session_connect(scene->session, 0);
+	session_hello(scene->worker);
+	session_register(scene->worker);
+	session_submit(scene->worker, &sqe);
+	scene->handle = session_reap(scene->worker).seq;
+	sqe = (struct kvg_sqe){.op = KVG_OP_RESERVE, .seq = scene->handle, .reserve.tokens = 128};
+	session_submit(scene->worker, &sqe);
+	assert_int_equal(session_reap(scene->worker).status, 0);
+	*state = scene;
+	return 0;
+}
+
+static int teardown(void **state)
+{
+	struct scene *scene = *state;
+
+	if (scene->reply)
+		kvg__admin_reply__free_unpacked(scene->reply, NULL);
+	session_peer_free(scene->worker);
+	session_peer_free(scene->client);
+	session_free(scene->session);
+	free(scene);
+	return 0;
+}
+
+static Kvg__AdminReply *ask(struct scene *scene, Kvg__AdminRequest *request)
+{
+	uint8_t data[1024];
+	size_t size;
+
+	request->id = ++scene->client->next_id;
+	size = kvg__admin_request__get_packed_size(request);
+	assert_true(size <= sizeof(data));
+	(void)kvg__admin_request__pack(request, data);
+	assert_int_equal(kvg_frame_send(scene->client->fd, data, size, NULL, 0), 0);
+	assert_true(session_receive(scene->client));
+	if (scene->reply)
+		kvg__admin_reply__free_unpacked(scene->reply, NULL);
+	scene->reply = kvg__admin_reply__unpack(NULL, scene->client->frame.size, scene->client->frame.data);
+	assert_non_null(scene->reply);
+	assert_int_equal(scene->reply->id, request->id);
+	return scene->reply;
+}
+
+/* All requests without content. */
+static Kvg__AdminReply *ask_plain(struct scene *scene, Kvg__AdminRequest__BodyCase what)
+{
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__Empty empty = KVG__EMPTY__INIT;
+
+	request.body_case = what;
+	request.status = &empty;
+	return ask(scene, &request);
+}
+
+static Kvg__AdminReply *ask_budget(struct scene *scene, const char *tenant, const uint64_t *device_max)
+{
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__BudgetKey key = KVG__BUDGET_KEY__INIT;
+	Kvg__BudgetSet set = KVG__BUDGET_SET__INIT;
+
+	key.tenant = set.tenant = (char *)(uintptr_t)tenant;
+	if (device_max) {
+		set.device_max = *device_max;
+		request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_SET;
+		request.budget_set = &set;
+	} else {
+		request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_GET;
+		request.budget_get = &key;
+	}
+	return ask(scene, &request);
+}
+
+static void test_status(void **state)
+{
+	struct scene *scene = *state;
+	const Kvg__Status *status = ask_plain(scene, KVG__ADMIN_REQUEST__BODY_STATUS)->status;
+
+	assert_int_equal(scene->reply->body_case, KVG__ADMIN_REPLY__BODY_STATUS);
+	assert_int_equal(status->pid, getpid());
+	assert_string_equal(status->version, KVG_VERSION);
+	assert_string_equal(status->kind, "host");
+	assert_string_equal(status->state_dir, "/state");
+	assert_int_equal(status->extent_size, SESSION_EXTENT);
+	assert_int_equal(status->pool_size, 16 * SESSION_EXTENT);
+	assert_int_equal(status->charged, SESSION_EXTENT);
+	assert_int_equal(status->promised, SESSION_EXTENT);
+	assert_int_equal(status->unreturned, 0);
+	assert_true(status->overhead > 0);
+	assert_int_equal(status->extents, 1);
+	assert_int_equal(status->workers, 1);
+	assert_int_equal(status->sequences, 1);
+}
+
+static void test_lists(void **state)
+{
+	struct scene *scene = *state;
+	const Kvg__TenantList *tenants = ask_plain(scene, KVG__ADMIN_REQUEST__BODY_TENANTS)->tenants;
+	const Kvg__WorkerList *workers;
+	const Kvg__SequenceList *sequences;
+
+	assert_int_equal(tenants->n_tenants, 2);
+	assert_string_equal(tenants->tenants[0]->name, "a");
+	assert_string_equal(tenants->tenants[0]->socket, "/nowhere");
+	assert_int_equal(tenants->tenants[0]->device_max, SESSION_BUDGET);
+	assert_int_equal(tenants->tenants[0]->charged, SESSION_EXTENT);
+	assert_int_equal(tenants->tenants[0]->high_water, SESSION_EXTENT);
+	assert_int_equal(tenants->tenants[0]->sequences, 1);
+	assert_int_equal(tenants->tenants[1]->workers, 0);
+	workers = ask_plain(scene, KVG__ADMIN_REQUEST__BODY_WORKERS)->workers;
+	assert_int_equal(workers->n_workers, 1);
+	assert_string_equal(workers->workers[0]->name, "test");
+	assert_string_equal(workers->workers[0]->tenant, "a");
+	assert_string_equal(workers->workers[0]->model, "model");
+	assert_int_equal(workers->workers[0]->pid, getpid());
+	assert_int_equal(workers->workers[0]->blocks, 32);
+	assert_int_equal(workers->workers[0]->charged, SESSION_EXTENT);
+	assert_int_equal(workers->workers[0]->submitted, 2);
+	sequences = ask_plain(scene, KVG__ADMIN_REQUEST__BODY_SEQUENCES)->sequences;
+	assert_int_equal(sequences->n_sequences, 1);
+	assert_int_equal(sequences->sequences[0]->seq, scene->handle);
+	assert_int_equal(sequences->sequences[0]->reserved_pos, 128);
+	assert_int_equal(sequences->sequences[0]->blocks, 32);
+	assert_int_equal(sequences->sequences[0]->bytes, 32 * 512);
+}
+
+/* Hundreds of workers: the reply is larger than a packet. */
+static void test_large_list(void **state)
+{
+	struct scene *scene = *state;
+	struct session_peer *peers[1000];
+
+	for (unsigned i = 0; i < 1000; i++)
+		peers[i] = session_connect(scene->session, 1);
+	assert_int_equal(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_WORKERS)->workers->n_workers, 1001);
+	assert_string_equal(scene->reply->workers->workers[1000]->model, "");
+	for (unsigned i = 0; i < 1000; i++)
+		session_peer_free(peers[i]);
+}
+
+static void test_audit(void **state)
+{
+	struct scene *scene = *state;
+	struct quota_account *account = scene->session->server.tenants[1]->quota.account;
+
+	assert_true(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_AUDIT)->audit->clean);
+	assert_int_equal(scene->reply->audit->n_rows, 2);
+	assert_int_equal(scene->reply->audit->rows[0]->blocks, 32);
+	assert_int_equal(scene->reply->audit->rows[0]->physical, SESSION_EXTENT);
+	account->charged += 5;
+	assert_false(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_AUDIT)->audit->clean);
+	assert_int_equal(scene->reply->audit->n_differences, 1);
+	assert_string_equal(scene->reply->audit->differences[0], "b: bytes charged counted 0, the account says 5");
+	account->charged -= 5;
+}
+
+static void test_budget(void **state)
+{
+	struct scene *scene = *state;
+	uint64_t most = 16 * SESSION_EXTENT, more = most + 1, none = 0;
+
+	assert_int_equal(ask_budget(scene, "a", NULL)->budget->device_max, SESSION_BUDGET);
+	assert_int_equal(scene->reply->budget->charged, SESSION_EXTENT);
+	assert_int_equal(ask_budget(scene, "a", &most)->budget->device_max, most);
+	assert_int_equal(scene->session->server.tenants[0]->quota.account->max, most);
+	assert_int_equal(ask_budget(scene, "a", &more)->body_case, KVG__ADMIN_REPLY__BODY_ERROR);
+	assert_int_equal(scene->reply->error->status, -EINVAL);
+	assert_string_equal(scene->reply->error->text, "tenant a: device.max 1.0 MiB is more than the pool's 1.0 MiB");
+	assert_int_equal(ask_budget(scene, "c", NULL)->error->status, -ENOENT);
+	assert_string_equal(scene->reply->error->text, "tenant c: there is no such tenant");
+	assert_int_equal(ask_budget(scene, "a", &none)->budget->device_max, 0);
+}
+
+/* A lowered budget refuses at once; raised again it grants. */
+static void test_budget_is_exact(void **state)
+{
+	struct scene *scene = *state;
+	uint64_t tight = 2 * SESSION_EXTENT;
+	struct kvg_sqe sqe = {.op = KVG_OP_CREATE, .create.context_tokens = 1};
+
+	(void)ask_budget(scene, "a", &tight); /* what is charged and promised, to the byte */
+	session_submit(scene->worker, &sqe);
+	assert_int_equal(session_reap(scene->worker).status, -ENOSPC);
+	assert_memory_equal(session_text(scene->worker), "tenant a: device budget 128.0 KiB, in use 64.0 KiB", 50);
+	tight += SESSION_EXTENT;
+	(void)ask_budget(scene, "a", &tight);
+	session_submit(scene->worker, &sqe);
+	assert_int_equal(session_reap(scene->worker).status, 0);
+}
+
+static void test_unknown_and_malformed(void **state)
+{
+	struct scene *scene = *state;
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+
+	assert_int_equal(ask(scene, &request)->error->status, -EOPNOTSUPP);
+	assert_string_equal(scene->reply->error->text, "admin: a message of unknown type");
+	assert_int_equal(kvg_frame_send(scene->client->fd, "\xff", 1, NULL, 0), 0);
+	assert_true(session_receive(scene->client)); /* the reason, then the end */
+	assert_false(session_receive(scene->client));
+	session_peer_free(scene->client);
+	scene->client = session_connect_admin(scene->session); /* others are served as before */
+	assert_int_equal(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_STATUS)->status->workers, 1);
+}
+
+/* Too large, or with descriptors: the connection ends, nothing stays open. */
+static void test_oversized_and_descriptors(void **state)
+{
+	struct scene *scene = *state;
+	char large[8192] = {0};
+
+	assert_int_equal(kvg_frame_send(scene->client->fd, large, sizeof(large), NULL, 0), 0);
+	assert_false(session_receive(scene->client));
+	session_peer_free(scene->client);
+	scene->client = session_connect_admin(scene->session);
+	assert_int_equal(kvg_frame_send(scene->client->fd, large, 4, &scene->worker->fd, 1), 0);
+	assert_false(session_receive(scene->client));
+	session_peer_free(scene->client);
+	scene->client = session_connect_admin(scene->session);
+	assert_int_equal(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_STATUS)->status->workers, 1);
+}
+
+#define ADMIN_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		ADMIN_TEST(test_status),
+		ADMIN_TEST(test_lists),
+		ADMIN_TEST(test_large_list),
+		ADMIN_TEST(test_audit),
+		ADMIN_TEST(test_budget),
+		ADMIN_TEST(test_budget_is_exact),
+		ADMIN_TEST(test_unknown_and_malformed),
+		ADMIN_TEST(test_oversized_and_descriptors),
+	};
+
+	return runner_run("admin", tests, sizeof(tests) / sizeof(tests[0]));
+}
