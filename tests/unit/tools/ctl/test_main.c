@@ -93,8 +93,7 @@ static void test_wrong_usage(void **state)
 	assert_string_equal(got.out, "");
 	run((const char *const[]){"budget", "set", "a", "device.max=lots", NULL}, &got);
 	assert_int_equal(got.status, 2);
-	assert_string_equal(got.err,
-		"kvgatectl: device.max='lots': not a size such as 512M, 1.5G or 1073741824\n");
+	assert_string_equal(got.err, "kvgatectl: device.max='lots': not a size such as 512M, 1.5G or 1073741824\n");
 }
 
 static void test_no_daemon(void **state)
