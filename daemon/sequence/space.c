@@ -419,17 +419,6 @@ int space_try_grow(struct request *request, uint32_t extents, const char *what, 
 	return 0;
 }
 
-bool space_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *))
-{
-	int r = space_try_grow(request, extents, what, again);
-
-	if (r >= 0)
-		return true;
-	request->cqe.status = r;
-	request_finish(request);
-	return false;
-}
-
 void space_return_spare(struct space *space)
 {
 	uint32_t slots[1024];

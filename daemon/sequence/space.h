@@ -119,13 +119,9 @@ void request_deinit(struct request *request);
 void request_finish(struct request *request);
 void request_fail(struct request *request, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
-/* Charges and creates extents for a sequence, then calls again(request); fails the request when refused (and returns
- * false). */
-bool space_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *));
-
 /*
- * The same without failing the request: 0 when creation is under way, a negative errno with request->text otherwise.
- * again() finds the creation's own failure in request->grow_status.
+ * Charges and creates extents for a sequence, then calls again(request). 0 when creation is under way, a negative
+ * errno with request->text otherwise. again() finds the creation's own failure in request->grow_status.
  */
 int space_try_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *));
 

@@ -177,13 +177,13 @@ static void test_swapped_bits(void **state)
 	struct scene *scene = *state;
 	const struct pool *pool = scene->fixture->pool;
 	uint32_t free_block = UINT32_MAX, used_block = UINT32_MAX;
-	struct extent *extent = NULL;
+	struct extent *extent = find_extent(scene, META_LIVE);
 
 	for (uint32_t i = 0; i < pool->extent_count; i++)
 		if (pool->extents[i] && pool->extents[i]->meta->state == META_LIVE &&
 			pool->extents[i]->meta->used < pool->extents[i]->meta->blocks)
 			extent = pool->extents[i];
-	assert_non_null(extent);
+	assert_true(extent->meta->used < extent->meta->blocks);
 	for (uint32_t i = 0; i < extent->meta->blocks; i++)
 		*(extent->bitmap[i / 8] >> i % 8 & 1 ? &used_block : &free_block) = i;
 	extent->bitmap[free_block / 8] ^= (uint8_t)(1u << free_block % 8);
