@@ -1,0 +1,2 @@
+target_sources(kvg_cuda PRIVATE evict.c)
+kvg_cuda_image(evict)
