@@ -25,28 +25,44 @@ int client_entries_new(struct kvg_client *client)
 	return 0;
 }
 
-int client_submit(struct kvg_client *client, enum entry_kind kind, const struct kvg_sqe *sqe, uint64_t user_data,
-	uint32_t argument)
+static int submit(struct kvg_client *client, const struct kvg_sqe *sqe, const struct entry *content)
 {
 	/* One place is kept for acknowledgements, so that memory can go back whatever the caller has in flight. */
-	uint32_t room = client->ring.capacity - (kind == ENTRY_ACK ? 0 : 1);
+	uint32_t room = client->ring.capacity - (content->kind == ENTRY_ACK ? 0 : 1);
 	uint32_t index = client->free_entry;
 	struct kvg_sqe wire = *sqe;
 	struct entry *entry;
+	int r;
 
 	if (index == NO_ENTRY || client->ring.outstanding >= room)
 		return -EAGAIN;
+	r = client->gpu ? gpu_order(client, &wire) : 0;
+	if (r < 0)
+		return r == -EAGAIN ? -EIO : r;
 	entry = &client->entries[index];
 	client->free_entry = entry->next_free;
-	*entry = (struct entry){.kind = kind,
-		.op = sqe->op,
-		.serial = ++client->serial,
-		.argument = argument,
-		.user_data = user_data,
-		.next_free = NO_ENTRY};
+	*entry = *content;
+	entry->op = sqe->op;
+	entry->serial = ++client->serial;
+	entry->next_free = NO_ENTRY;
 	wire.user_data = (uint64_t)entry->serial << 32 | index;
 	ring_submit(&client->ring, &wire);
 	return 0;
+}
+
+int client_submit(struct kvg_client *client, enum entry_kind kind, const struct kvg_sqe *sqe, uint64_t user_data,
+	uint32_t argument)
+{
+	const struct entry entry = {.kind = kind, .argument = argument, .user_data = user_data};
+
+	return submit(client, sqe, &entry);
+}
+
+int client_submit_stage(struct kvg_client *client, const struct kvg_sqe *sqe, enum stage_area area, uint32_t piece)
+{
+	const struct entry entry = {.kind = ENTRY_STAGE, .argument = piece, .area = (uint8_t)area};
+
+	return submit(client, sqe, &entry);
 }
 
 /* The entry in flight that a completion belongs to, or NULL for nonsense. */
@@ -71,12 +87,35 @@ static void keep_ready(struct kvg_client *client, const struct completion *compl
 /* STAGE: the piece is free again; the first error is kept until a call reports it. */
 static void stage_completed(struct kvg_client *client, const struct entry *entry, const struct completion *completion)
 {
-	staging_done(&client->staging, entry->argument);
+	if (entry->area == AREA_HOST)
+		staging_done(&client->staging, entry->argument);
+	else if (entry->area == AREA_DEVICE)
+		staging_done(&client->gpu->staging, entry->argument);
 	client->stage_count--;
 	if (completion->cqe.status >= 0 || client->stage_status)
 		return;
 	client->stage_status = completion->cqe.status;
 	memcpy(client->stage_text, completion->text, sizeof(client->stage_text));
+}
+
+/* ASYNC: kept for its _finish(). What waits for it in the worker's stream goes on; the extents it brought are mapped.
+ */
+static void async_completed(struct kvg_client *client, const struct entry *entry, const struct completion *completion)
+{
+	struct pending *pending = client->pending;
+	uint32_t slot, appended;
+
+	while (pending && pending->number != entry->argument)
+		pending = pending->next;
+	if (!pending)
+		return;
+	pending->completion = *completion;
+	pending->done = true;
+	if (!pending->gate)
+		return;
+	slot = (uint32_t)pending->seq;
+	appended = client->sequences[slot].committed_pos - client->sequences[slot].fold_pos;
+	gpu_gate_open(client->gpu, slot, pending->gate, completion->moved ? &appended : NULL);
 }
 
 static int complete(struct kvg_client *client, struct completion *completion)
@@ -87,7 +126,7 @@ static int complete(struct kvg_client *client, struct completion *completion)
 	if (!entry || completion->cqe.status > 0)
 		return client_break(client, -EPROTO, "daemon: completion %llx with status %d belongs to no entry",
 			(unsigned long long)completion->cqe.user_data, completion->cqe.status);
-	client_refresh(client, entry->op, &completion->cqe);
+	completion->moved = client_refresh(client, entry->op, &completion->cqe);
 	switch (entry->kind) {
 	case ENTRY_USER:
 		completion->cqe.user_data = entry->user_data;
@@ -96,6 +135,10 @@ static int complete(struct kvg_client *client, struct completion *completion)
 	case ENTRY_CALL:
 		client->call = *completion;
 		client->call_done = true;
+		r = client_move_counter(client, completion);
+		break;
+	case ENTRY_ASYNC:
+		async_completed(client, entry, completion);
 		break;
 	case ENTRY_STAGE:
 		stage_completed(client, entry, completion);
@@ -235,6 +278,16 @@ int client_wait(struct kvg_client *client)
 	return r < 0 ? r : client_advance(client);
 }
 
+/* The status of client->call. */
+static int call_status(struct kvg_client *client)
+{
+	int r = client->call.cqe.status;
+
+	if (r < 0)
+		return client_fail(client, r, "%s", client->call.text[0] ? client->call.text : strerror(-r));
+	return 0;
+}
+
 int client_call(struct kvg_client *client, const struct kvg_sqe *sqe)
 {
 	int r = client_advance(client);
@@ -249,12 +302,59 @@ int client_call(struct kvg_client *client, const struct kvg_sqe *sqe)
 	}
 	while (r == 0 && !client->call_done)
 		r = client_wait(client);
+	return r < 0 ? r : call_status(client);
+}
+
+/* ---- asynchronous calls ---- */
+
+struct pending *client_pending(const struct kvg_client *client, uint64_t seq, uint8_t op)
+{
+	struct pending *pending = client->pending;
+
+	while (pending && (pending->seq != seq || pending->op != op))
+		pending = pending->next;
+	return pending;
+}
+
+int client_submit_async(struct kvg_client *client, const struct kvg_sqe *sqe, struct pending *pending)
+{
+	int r = client_advance(client);
+
+	pending->seq = sqe->seq;
+	pending->op = sqe->op;
+	pending->number = ++client->last_pending;
+	while (r == 0) {
+		r = client_submit(client, ENTRY_ASYNC, sqe, 0, pending->number);
+		if (r != -EAGAIN)
+			break;
+		r = client_wait(client);
+	}
 	if (r < 0)
 		return r;
-	r = client->call.cqe.status;
-	if (r < 0)
-		return client_fail(client, r, "%s", client->call.text[0] ? client->call.text : strerror(-r));
+	pending->next = client->pending;
+	client->pending = pending;
 	return 0;
+}
+
+int client_finish(struct kvg_client *client, uint64_t seq, uint8_t op, const char *call)
+{
+	struct pending *pending = client_pending(client, seq, op), **link = &client->pending;
+	int r = client_advance(client);
+
+	if (!pending)
+		return r < 0 ? r
+			     : client_fail(client, -ENOENT, "%s: sequence %llx has nothing under way", call,
+				       (unsigned long long)seq);
+	while (r == 0 && !pending->done)
+		r = client_wait(client);
+	if (r < 0)
+		return r;
+	while (*link != pending)
+		link = &(*link)->next;
+	*link = pending->next;
+	client->call = pending->completion;
+	free(pending);
+	return call_status(client);
 }
 
 int client_return_memory(struct kvg_client *client)
@@ -269,6 +369,7 @@ int client_return_memory(struct kvg_client *client)
 
 int kvg_return_memory(struct kvg_client *client)
 {
+	CLIENT_TURN(client);
 	int r = client_receive(client);
 
 	return r < 0 ? r : client_return_memory(client);
@@ -276,6 +377,7 @@ int kvg_return_memory(struct kvg_client *client)
 
 int kvg_process(struct kvg_client *client)
 {
+	CLIENT_TURN(client);
 	int r = client_receive(client);
 
 	return r < 0 ? r : client_advance(client);
@@ -283,6 +385,7 @@ int kvg_process(struct kvg_client *client)
 
 int kvg_submit(struct kvg_client *client, const struct kvg_sqe *entry)
 {
+	CLIENT_TURN(client);
 	int r = client_advance(client);
 
 	if (r < 0)
@@ -294,13 +397,15 @@ int kvg_submit(struct kvg_client *client, const struct kvg_sqe *entry)
 		r = client_submit(client, ENTRY_USER, entry, entry->user_data, 0);
 	else
 		r = -EAGAIN;
-	if (r < 0)
+	if (r == -EAGAIN)
 		return client_fail(client, r, "ring: %u entries in flight and %u completions to reap, room for %u",
 			client->ring.outstanding, client->ready_count, client->ring.capacity - 1);
-	client->user_count++;
-	return 0;
+	if (r == 0)
+		client->user_count++;
+	return r;
 }
 
+/* The device's counters follow here, in the caller's turn, so that their place in its stream is the call's. */
 static uint32_t take_ready(struct kvg_client *client, struct kvg_cqe *ret, const char **texts, uint32_t max)
 {
 	uint32_t taken = 0;
@@ -308,6 +413,7 @@ static uint32_t take_ready(struct kvg_client *client, struct kvg_cqe *ret, const
 	for (; taken < max && client->ready_count; taken++) {
 		struct completion *completion = &client->ready[client->ready_first];
 
+		(void)client_move_counter(client, completion);
 		ret[taken] = completion->cqe;
 		if (texts)
 			texts[taken] = completion->text;
@@ -320,6 +426,7 @@ static uint32_t take_ready(struct kvg_client *client, struct kvg_cqe *ret, const
 
 int kvg_reap(struct kvg_client *client, struct kvg_cqe *ret, const char **texts, uint32_t max, uint32_t min)
 {
+	CLIENT_TURN(client);
 	int r;
 
 	if (max > INT32_MAX)

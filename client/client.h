@@ -5,6 +5,9 @@
  * A completion is taken from the ring only when the control events that it
  * counts on have been handled, so whoever sees one may use its result. When the
  * connection breaks, `broken` says how and every further call returns it.
+ *
+ * On the cuda kind a thread of the library works on the client too (gpu.h), so every public call that uses
+ * more than constants takes its turn first: CLIENT_TURN(client).
  */
 #ifndef KVG_CLIENT_H
 #define KVG_CLIENT_H
@@ -18,6 +21,7 @@
 #pragma GCC visibility pop
 
 #include "client/arena.h"
+#include "client/gpu.h"
 #include "client/ring.h"
 #include "client/staging.h"
 #include "client/table.h"
@@ -32,14 +36,19 @@ enum entry_kind {
 	ENTRY_CALL,  /* a call waits for it */
 	ENTRY_STAGE, /* reads a piece of the staging area */
 	ENTRY_ACK,   /* acknowledges dropped extents */
+	ENTRY_ASYNC, /* of a call whose _finish() takes the completion */
 };
+
+/* What a STAGE entry's rows occupy until it is read. */
+enum stage_area { AREA_NONE = 0, AREA_HOST, AREA_DEVICE };
 
 /* One entry between its submission and its completion. On the wire its user_data is serial << 32 | index. */
 struct entry {
 	enum entry_kind kind;
 	uint8_t op;
 	uint32_t serial;
-	uint32_t argument;  /* STAGE: piece; ACK: event */
+	uint32_t argument;  /* STAGE: piece; ACK: event; ASYNC: number of the pending call */
+	uint8_t area;       /* STAGE: enum stage_area */
 	uint64_t user_data; /* USER: the caller's */
 	uint32_t next_free;
 };
@@ -47,6 +56,18 @@ struct entry {
 struct completion {
 	struct kvg_cqe cqe;
 	char text[KVG_TEXT_SIZE];
+	bool moved; /* the sequence's counter of appended tokens has changed */
+};
+
+/* An asynchronous call between its submission and its _finish(). */
+struct pending {
+	struct pending *next;
+	uint32_t number;
+	uint8_t op;
+	uint64_t seq;
+	uint64_t gate; /* 0: none */
+	bool done;
+	struct completion completion;
 };
 
 /* A sequence as of its last completion. */
@@ -89,10 +110,15 @@ struct kvg_client {
 	struct completion *ready;
 	uint32_t ready_first, ready_count;
 	struct completion call; /* of the call that waits */
+	struct pending *pending;
+	uint32_t last_pending;
 	bool call_done;
+
+	bool background; /* the library's thread has its turn: kvg_error() is the caller's */
 
 	/* The layout, when one is registered. */
 	bool registered;
+	struct gpu *gpu; /* NULL on the host kind */
 	struct model model;
 	struct arena arena;
 	struct table table;
@@ -105,6 +131,15 @@ struct kvg_client {
 };
 
 /* ---- error.c ---- */
+
+/* The caller's turn until the end of the block. */
+struct kvg_client *client_turn_take(struct kvg_client *client);
+void client_turn_end(struct kvg_client **client);
+#define CLIENT_TURN(client)                                                                                            \
+	struct kvg_client *turn __attribute__((cleanup(client_turn_end), unused)) = client_turn_take(client)
+
+/* 0; -EOPNOTSUPP with the call's name when the memory is of the kind host. */
+int client_check_cuda(struct kvg_client *client, const char *call);
 
 /* Sets kvg_error() and returns status. */
 int client_fail(struct kvg_client *client, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
@@ -139,19 +174,45 @@ int client_wait(struct kvg_client *client);
 int client_submit(struct kvg_client *client, enum entry_kind kind, const struct kvg_sqe *sqe, uint64_t user_data,
 	uint32_t argument);
 
+/* The same for STAGE: frees the piece of that area when it completes. */
+int client_submit_stage(struct kvg_client *client, const struct kvg_sqe *sqe, enum stage_area area, uint32_t piece);
+
+/* The asynchronous call of that operation on a sequence, or NULL. */
+struct pending *client_pending(const struct kvg_client *client, uint64_t seq, uint8_t op);
+
+/* Submits an entry whose completion stays in the pending call. Waits for room in the rings only. */
+int client_submit_async(struct kvg_client *client, const struct kvg_sqe *sqe, struct pending *pending);
+
+/* Waits for a pending call and takes it: its status, with kvg_error(). The completion is client->call. */
+int client_finish(struct kvg_client *client, uint64_t seq, uint8_t op, const char *call);
+
 /* Submits an entry and waits for its completion, which is client->call. An error's text is in kvg_error(). */
 int client_call(struct kvg_client *client, const struct kvg_sqe *sqe);
 
 /* Waits until the extents asked back so far are unmapped and their bytes in the pool. */
 int client_return_memory(struct kvg_client *client);
 
+/* ---- stage.c ---- */
+
+/* Waits until a staging area has room for that many bytes. */
+int client_stage_place(struct kvg_client *client, const struct staging *staging, uint64_t bytes, uint64_t *ret_offset);
+
+/* Submits a STAGE entry, waiting for room in the rings only. The piece is freed with its completion, or now on
+ * failure. */
+int client_stage(struct kvg_client *client, const struct kvg_sqe *sqe, enum stage_area area, uint32_t piece);
+
 /* ---- sequence.c ---- */
 
-/* The state of a handle; NULL with *ret_status and kvg_error() when it names no sequence of this connection. */
+/* The state of a handle, which no asynchronous eviction is working on (-EBUSY); NULL with *ret_status and kvg_error()
+ * when it names no sequence of this connection. */
 struct sequence *client_sequence(struct kvg_client *client, uint64_t seq, int *ret_status);
 
-/* Takes over what the tables say about the sequence of a completed operation. */
-void client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe *cqe);
+/* Takes over what the tables say about the sequence of a completed operation. Whether its counter of appended tokens
+ * has changed. */
+bool client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe *cqe);
+
+/* Brings the device's counter of a completed operation to what the host's is. */
+int client_move_counter(struct kvg_client *client, const struct completion *completion);
 
 /* 0; -EINVAL when there is no layout yet. */
 int client_check_registered(struct kvg_client *client);

@@ -13,7 +13,8 @@
 #include <unistd.h>
 
 #define SPIN_DEFAULT_US 50u
-#define GATE_MAX        (1ull << 32) /* bytes of a gate file */
+#define GATE_MAX        (1ull << 32)  /* bytes of a gate file */
+#define HOST_ROWS_MAX   (32ull << 20) /* bytes of staging rows in host memory, on the cuda kind */
 
 uint32_t kvg_abi_version(void)
 {
@@ -32,6 +33,7 @@ int kvg_fd(const struct kvg_client *client)
 
 void kvg_set_spin(struct kvg_client *client, uint32_t microseconds)
 {
+	CLIENT_TURN(client);
 	client->spin_us = microseconds;
 }
 
@@ -67,6 +69,17 @@ static int check_reply(struct kvg_client *client, Kvg__WorkerReply__BodyCase bod
 		(int)client->reply->body_case, client->reply_frame.fd_count, (int)body, fd_count);
 }
 
+/* What the daemon's kind of memory asks of this process. */
+static int open_kind(struct kvg_client *client, const Kvg__Welcome *welcome)
+{
+	if (strcmp(welcome->kind, "host") == 0)
+		return 0;
+	if (strcmp(welcome->kind, "cuda") == 0)
+		return gpu_open(client, welcome->device_uuid.data, welcome->device_uuid.len);
+	return client_break(client, -EPROTO,
+		"daemon: its memory is of the kind %.32s, which this library does not know", welcome->kind);
+}
+
 static int take_welcome(struct kvg_client *client)
 {
 	struct kvg_frame *frame = &client->reply_frame;
@@ -85,7 +98,8 @@ static int take_welcome(struct kvg_client *client)
 	client->tenant = strdup(client->reply->welcome->tenant);
 	if (!client->tenant)
 		return client_fail(client, -ENOMEM, "no memory");
-	return client_entries_new(client);
+	r = open_kind(client, client->reply->welcome);
+	return r < 0 ? r : client_entries_new(client);
 }
 
 static int say_hello(struct kvg_client *client, const char *name)
@@ -133,10 +147,35 @@ int kvg_connect(const char *socket_path, const char *name, struct kvg_client **r
 	return 0;
 }
 
+/* Evictions under way come to their end first: the stream may be waiting for them. */
+static void close_gpu(struct kvg_client *client)
+{
+	int r = 0;
+
+	if (!client->gpu)
+		return;
+	gpu_stop(client);
+	for (const struct pending *pending = client->pending; r == 0 && pending; pending = pending->next)
+		while (r == 0 && !pending->done)
+			r = client_wait(client);
+	gpu_close(client);
+}
+
+static void free_pending(struct kvg_client *client)
+{
+	while (client->pending) {
+		struct pending *pending = client->pending;
+
+		client->pending = pending->next;
+		free(pending);
+	}
+}
+
 struct kvg_client *kvg_close(struct kvg_client *client)
 {
 	if (!client)
 		return NULL;
+	close_gpu(client);
 	client_reply_free(client);
 	/* Unmapped before the hang-up, so that the daemon finds the memory unused. */
 	arena_deinit(&client->arena);
@@ -146,6 +185,7 @@ struct kvg_client *kvg_close(struct kvg_client *client)
 	ring_deinit(&client->ring);
 	if (client->socket >= 0)
 		(void)close(client->socket);
+	free_pending(client);
 	free(client->entries);
 	free(client->ready);
 	free(client->sequences);
@@ -228,6 +268,18 @@ static void fill_group(const struct kvg_group *from, Kvg__Group *to)
 	to->query_heads = from->query_heads;
 }
 
+/* On cuda rows come from device memory, and only some from the host. */
+static void fill_staging(const struct kvg_client *client, uint64_t staging_bytes, Kvg__Register *registration)
+{
+	registration->staging_bytes = staging_bytes;
+	if (!client->gpu)
+		return;
+	registration->has_device_staging_bytes = 1;
+	registration->device_staging_bytes = staging_bytes;
+	if (staging_bytes > HOST_ROWS_MAX)
+		registration->staging_bytes = HOST_ROWS_MAX;
+}
+
 static int request_registration(struct kvg_client *client, const struct kvg_layout *layout, uint64_t staging_bytes)
 {
 	Kvg__Group groups[KVG_MAX_GROUPS], *group_pointers[KVG_MAX_GROUPS];
@@ -246,7 +298,7 @@ static int request_registration(struct kvg_client *client, const struct kvg_layo
 	message.n_groups = layout->group_count;
 	message.groups = group_pointers;
 	registration.layout = &message;
-	registration.staging_bytes = staging_bytes;
+	fill_staging(client, staging_bytes, &registration);
 	request.body_case = KVG__WORKER_REQUEST__BODY_REGISTER_LAYOUT;
 	request.register_layout = &registration;
 	return client_request(client, &request, NULL, 0);
@@ -264,15 +316,36 @@ static int set_addressing(struct kvg_client *client, struct model *model, uint64
 	return 0;
 }
 
+static unsigned registered_fds(const struct kvg_client *client)
+{
+	bool device = client->gpu && client->reply->body_case == KVG__WORKER_REPLY__BODY_REGISTERED;
+
+	return device ? gpu_fd_count(client->reply->registered) : 2;
+}
+
+static int reserve_arena(struct kvg_client *client, uint32_t slots, uint64_t extent_size)
+{
+	struct arena *arena = &client->arena;
+	int r = client->gpu ? gpu_reserve_arena(client, slots, extent_size)
+			    : arena_init(arena, &arena_host, NULL, slots, extent_size);
+
+	if (r == 0)
+		return 0;
+	return client_break(client, r, "arena of %u extents of %llu bytes cannot be reserved: %s", slots,
+		(unsigned long long)extent_size, arena_error(arena, r));
+}
+
 static int take_registered(struct kvg_client *client, struct model *model)
 {
 	const struct kvg_frame *frame = &client->reply_frame;
-	const Kvg__Registered *reply = client->reply->registered;
+	const Kvg__Registered *reply;
 	const char *what;
-	int r = check_reply(client, KVG__WORKER_REPLY__BODY_REGISTERED, 2);
+	int r = check_reply(client, KVG__WORKER_REPLY__BODY_REGISTERED, registered_fds(client));
 
-	if (r == 0)
-		r = set_addressing(client, model, reply->stride, reply->extent_size);
+	if (r < 0)
+		return r;
+	reply = client->reply->registered;
+	r = set_addressing(client, model, reply->stride, reply->extent_size);
 	if (r < 0)
 		return r;
 	const struct table_shape shape = {model->layers, model->heads, model->max_sequences, reply->row_cap};
@@ -284,10 +357,12 @@ static int take_registered(struct kvg_client *client, struct model *model)
 		&client->staging_map, &what);
 	if (r < 0)
 		return client_break(client, r, "daemon: the staging area's %s cannot be used: %s", what, strerror(-r));
-	r = arena_init(&client->arena, reply->arena_slots, reply->extent_size);
+	if (client->gpu)
+		r = gpu_register(client, model, reply, frame->fds);
+	if (r == 0)
+		r = reserve_arena(client, reply->arena_slots, reply->extent_size);
 	if (r < 0)
-		return client_break(client, r, "arena of %u extents of %llu bytes cannot be reserved: %s",
-			reply->arena_slots, (unsigned long long)reply->extent_size, strerror(-r));
+		return r;
 	client->sequences = calloc(model->max_sequences, sizeof(*client->sequences));
 	if (!client->sequences || staging_init(&client->staging, reply->staging_size - reply->staging_rows_offset,
 					  client->ring.capacity) < 0)
@@ -299,6 +374,7 @@ static int take_registered(struct kvg_client *client, struct model *model)
 
 int kvg_register(struct kvg_client *client, const struct kvg_layout *layout, uint64_t staging_bytes)
 {
+	CLIENT_TURN(client);
 	struct model model = model_of(layout);
 	int r = client_check(client);
 
@@ -348,6 +424,7 @@ static int seal_file(struct kvg_client *client, const char *path)
 
 int kvg_load_gate(struct kvg_client *client, const char *path)
 {
+	CLIENT_TURN(client);
 	Kvg__LoadGate load = KVG__LOAD_GATE__INIT;
 	Kvg__WorkerRequest request = KVG__WORKER_REQUEST__INIT;
 	int r = client_check_registered(client), fd;

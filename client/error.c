@@ -1,8 +1,29 @@
 #include "client/client.h"
 
+#include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+
+struct kvg_client *client_turn_take(struct kvg_client *client)
+{
+	if (client && client->gpu)
+		(void)pthread_mutex_lock(&client->gpu->lock);
+	return client;
+}
+
+void client_turn_end(struct kvg_client **client)
+{
+	if (*client && (*client)->gpu)
+		(void)pthread_mutex_unlock(&(*client)->gpu->lock);
+}
+
+int client_check_cuda(struct kvg_client *client, const char *call)
+{
+	if (client->gpu)
+		return 0;
+	return client_fail(client, -EOPNOTSUPP, "%s: this connection's memory is of the kind host", call);
+}
 
 int client_fail(struct kvg_client *client, int status, const char *format, ...)
 {
@@ -23,13 +44,15 @@ int client_break(struct kvg_client *client, int status, const char *format, ...)
 		(void)vsnprintf(client->reason, sizeof(client->reason), format, args);
 		va_end(args);
 		client->broken = status;
+		if (client->gpu)
+			gpu_release_waits(client->gpu);
 	}
 	return client_check(client);
 }
 
 int client_check(struct kvg_client *client)
 {
-	if (client->broken)
+	if (client->broken && !client->background)
 		(void)snprintf(client->error, sizeof(client->error), "%s", client->reason);
 	return client->broken;
 }

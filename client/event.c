@@ -15,7 +15,7 @@ static int extents_added(struct kvg_client *client, const Kvg__ExtentsAdded *add
 
 		if (r < 0)
 			return client_break(client, r, "extent for slot %u of %u cannot be mapped: %s", added->slots[i],
-				client->arena.slots, strerror(-r));
+				client->arena.slots, arena_error(&client->arena, r));
 	}
 	client->events++;
 	return 0;
@@ -34,7 +34,7 @@ static int extents_dropped(struct kvg_client *client, const Kvg__ExtentsDropped 
 		r = arena_unmap(&client->arena, slot, (uint32_t)run);
 		if (r < 0)
 			return client_break(client, r, "extents at slots %u to %zu of %u cannot be unmapped: %s", slot,
-				slot + run - 1, client->arena.slots, strerror(-r));
+				slot + run - 1, client->arena.slots, arena_error(&client->arena, r));
 	}
 	client->drop_event = ++client->events;
 	return 0;

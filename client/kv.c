@@ -5,6 +5,19 @@
 
 #include "kernels/host/attention.h"
 
+int kvg_kind(const struct kvg_client *client)
+{
+	return client->gpu ? KVG_KIND_CUDA : KVG_KIND_HOST;
+}
+
+/* The kernels' words lie on the device. */
+static void view_device(const struct gpu *gpu, struct kvg_view *view)
+{
+	view->base_len = (const uint32_t *)(uintptr_t)gpu->table.address;
+	view->ids = (const uint32_t *)(uintptr_t)(gpu->table.address + gpu->ids_offset);
+	view->appended = (uint32_t *)(uintptr_t)gpu->appended;
+}
+
 int kvg_view(const struct kvg_client *client, struct kvg_view *ret)
 {
 	const struct arena *arena = &client->arena;
@@ -25,6 +38,8 @@ int kvg_view(const struct kvg_client *client, struct kvg_view *ret)
 		.max_sequences = client->model.max_sequences,
 		.row_cap = client->table.shape.row_cap,
 	};
+	if (client->gpu)
+		view_device(client->gpu, ret);
 	return 0;
 }
 
@@ -60,6 +75,8 @@ static int find_span(const struct kvg_client *client, uint64_t seq, uint32_t lay
 
 	if (client->broken)
 		return client->broken;
+	if (client->gpu)
+		return -EOPNOTSUPP;
 	if (!client->registered || layer >= model->layers || head >= model->heads)
 		return -EINVAL;
 	if (slot >= model->max_sequences || !(seq >> 32) || client->sequences[slot].epoch != seq >> 32)

@@ -6,7 +6,8 @@
  *
  *     create -> { reserve -> append K/V -> stage hidden states -> commit -> evict } ... -> free
  *
- * K and V are written into and read from memory that the daemon owns, in place.
+ * K and V are written into and read from memory that the daemon owns, in place: in host memory (the kind
+ * host), or on a GPU (the kind cuda), whose own calls are at the end of this file. Which one it is is the daemon's.
  *
  * Rules that hold for every call:
  * - 0 (or a count) is success, a negative errno is failure; kvg_error() then says in one
@@ -17,7 +18,8 @@
  *   three only return their errno (-ENOENT: no such sequence; -ERANGE: positions that are not
  *   reserved, or folded; -EINVAL: no layout, layer or head; -EPROTO: the daemon's tables make no
  *   sense) and leave kvg_error() alone.
- * - No reader or writer of a sequence may run while its eviction or free does.
+ * - No reader or writer of a sequence may run while its eviction or free does. On the cuda kind that holds for
+ *   kernels by itself, when they are in the client's stream (kvg_set_stream()).
  * - Nothing here is a macro or an inline function that a caller needs: every type has
  *   plain fields and fixed sizes, so that any language's FFI can use the library.
  *
@@ -76,7 +78,9 @@ uint32_t kvg_abi_version(void);
 /*
  * Connects to a tenant's socket and says hello. name appears in the daemon's reports.
  * -ENOENT, -ECONNREFUSED: no daemon there; -EACCES: not allowed (uid or mode);
- * -EPROTO: no common version. On failure *ret is not touched and text (of text_size
+ * -EPROTO: no common version. When the daemon's memory is of the kind cuda, its GPU is opened with the device's primary
+ * context (the one of the CUDA runtime and PyTorch); -ENODEV: this process does not see that GPU; -EOPNOTSUPP: the
+ * library was built without the kind. On failure *ret is not touched and text (of text_size
  * bytes; may be NULL) holds the reason.
  */
 int kvg_connect(const char *socket_path, const char *name, struct kvg_client **ret, char *text, size_t text_size);
@@ -90,6 +94,10 @@ const char *kvg_error(const struct kvg_client *client);
 /* Name of the tenant that this connection belongs to. */
 const char *kvg_tenant(const struct kvg_client *client);
 
+/* Where the daemon's memory lies: enum kvg_kind. */
+enum kvg_kind { KVG_KIND_HOST = 1, KVG_KIND_CUDA = 2 };
+int kvg_kind(const struct kvg_client *client);
+
 /* The control socket: readable when kvg_process() has something to do. For poll loops. */
 int kvg_fd(const struct kvg_client *client);
 
@@ -100,7 +108,9 @@ void kvg_set_spin(struct kvg_client *client, uint32_t microseconds);
 
 /*
  * Registers the layout of this worker's KV and maps its tables and staging area (staging_bytes
- * of rows; at least one layer of one chunk of hidden states). One layout for each connection.
+ * of rows; at least one layer of one chunk of hidden states). One layout for each connection. On the cuda kind
+ * staging_bytes are in device memory, and up to 32 MiB of them once more in host memory for the calls that
+ * take host pointers.
  * -EOPNOTSUPP names a kind, dtype or size that this daemon does not take.
  */
 int kvg_register(struct kvg_client *client, const struct kvg_layout *layout, uint64_t staging_bytes);
@@ -154,6 +164,23 @@ struct kvg_evict_result {
  */
 int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg_evict_result *ret);
 
+/*
+ * kvg_evict() in two halves. The first submits; until the second has taken the result, other calls on this sequence,
+ * but kvg_reserve_async(), are refused with -EBUSY. On the cuda kind it returns at once and the client's stream
+ * waits for the eviction: kernels enqueued behind it find the new tables. The CPU may go on enqueuing, also
+ * when a kernel is loaded for the first time or the queue is full: a thread of the library ends the wait. Errors of
+ * rows staged before are kvg_stage_wait()'s to report. -ENOENT: there is no first half.
+ */
+int kvg_evict_async(struct kvg_client *client, uint64_t seq, uint32_t mode);
+int kvg_evict_finish(struct kvg_client *client, uint64_t seq, struct kvg_evict_result *ret);
+
+/*
+ * kvg_reserve() in two halves, also right behind kvg_evict_async(); finished in the same order. The room may be used
+ * when the second half has returned 0: kernels that append must be launched after that.
+ */
+int kvg_reserve_async(struct kvg_client *client, uint64_t seq, uint32_t tokens);
+int kvg_reserve_finish(struct kvg_client *client, uint64_t seq);
+
 /* Forgets tokens from position pos on; not before the last eviction's (-EINVAL). Their room stays reserved. */
 int kvg_truncate(struct kvg_client *client, uint64_t seq, uint32_t pos);
 
@@ -175,7 +202,8 @@ int kvg_nop(struct kvg_client *client);
 /* ---- the same, many at once ---- */
 
 /*
- * Submits an entry (its user_data is the caller's, below 2^63); -EAGAIN when the ring is full.
+ * Submits an entry (its user_data is the caller's, below 2^63); -EAGAIN when the ring is full. wait_value and
+ * signal_value are the library's to fill.
  * After an EVICT or FREE completes, kvg_process() unmaps and acknowledges what it dropped.
  */
 int kvg_submit(struct kvg_client *client, const struct kvg_sqe *entry);
@@ -197,9 +225,12 @@ uint64_t kvg_mapped_bytes(const struct kvg_client *client);
 /* Waits until every extent asked back so far is unmapped here and back in the pool. */
 int kvg_return_memory(struct kvg_client *client);
 
-/* ---- KV in place (host kind) ---- */
+/* ---- KV in place ---- */
 
-/* Where things are, for engines with kernels of their own. Addresses stay until kvg_close(). */
+/*
+ * Where things are, for engines with kernels of their own. Addresses stay until kvg_close(). On the cuda kind
+ * all but slots are addresses of the device, and appended is there kvg_cuda_advance()'s.
+ */
 struct kvg_view {
 	uint8_t *k_base, *v_base; /* K(id) = k_base + id * stride */
 	uint64_t stride, extent_size;
@@ -210,6 +241,8 @@ struct kvg_view {
 	uint32_t layers, heads, max_sequences, row_cap;
 };
 int kvg_view(const struct kvg_client *client, struct kvg_view *ret);
+
+/* ---- KV in place (host kind; -EOPNOTSUPP on cuda) ---- */
 
 /*
  * Writes K and V of `count` tokens of one KV head: those at positions pos .. pos + count - 1,
@@ -226,6 +259,114 @@ int kvg_append(const struct kvg_client *client, uint64_t seq, uint32_t layer, ui
  */
 int kvg_attend(const struct kvg_client *client, uint64_t seq, uint32_t layer, uint32_t head, uint32_t pos,
 	uint32_t count, float scale, const float *q, size_t q_stride, float *out, size_t o_stride);
+
+/* ---- the cuda kind: the stream (all of the following is -EOPNOTSUPP on the host kind) ---- */
+
+/*
+ * The stream (a CUstream or cudaStream_t) whose kernels use the KV. Default: the legacy default stream. Calls
+ * enqueue on it where the daemon's work has to be ordered with the caller's: stage, evict, truncate, free, commit, and
+ * all that follow here. The daemon's work for them begins when the stream has got there, and what is behind
+ * kvg_stream_wait() begins when the daemon's is done. The stream before must still exist. While the stream is being
+ * captured into a graph only kvg_cuda_*() may be called; others that enqueue return -EBUSY.
+ *
+ * No stream waits for ever: when the connection ends, every wait of this worker's is released. What kernels then
+ * read is undefined, and calls say -EPIPE.
+ */
+int kvg_set_stream(struct kvg_client *client, void *stream);
+
+/* The stream waits for everything submitted for the sequence so far: rows staged are read, evictions are done. */
+int kvg_stream_wait(struct kvg_client *client, uint64_t seq);
+
+/* ---- the cuda kind: staging ---- */
+
+/*
+ * Scores positions pos .. pos + rows - 1 of layers layer_begin .. + layer_count - 1 from rows in device memory, in
+ * place: kind is enum kvg_stage_kind, the forms are those of kvg_sqe.stage (bf16 hidden states or products of the
+ * gate's matrices, fp32 scores), layers are layer_stride bytes apart (0: they follow each other). Returns at once; the
+ * rows are read when the stream has got here, and may be overwritten after kvg_stage_wait(), or in the stream behind
+ * kvg_stream_wait(). device_rows lies in the device staging area or an imported buffer, otherwise -EINVAL names it.
+ */
+int kvg_stage_device(struct kvg_client *client, uint64_t seq, uint32_t kind, uint32_t layer_begin, uint32_t layer_count,
+	uint32_t pos, uint32_t rows, const void *device_rows, uint64_t layer_stride);
+
+/*
+ * The device staging area's next free place for `bytes`, or NULL with an error; the next kvg_stage_device() with that
+ * pointer takes it, and it is free again when its rows are read. Callers that want fixed addresses (CUDA graphs) use
+ * places of a buffer of their own, imported, and mind themselves when they may be overwritten.
+ */
+void *kvg_stage_device_buffer(struct kvg_client *client, uint64_t bytes);
+
+/*
+ * Lets the daemon read `size` bytes at a device pointer into memory of cudaMalloc or cuMemAlloc (with PyTorch: without
+ * expandable segments), so that rows are staged there in place. Only for tenants that are allowed to (-EACCES). Not
+ * to be freed before kvg_release() or kvg_close(). At most 16 imports.
+ */
+int kvg_import_buffer(struct kvg_client *client, const void *device, uint64_t size, uint32_t *ret_id);
+
+/* The same for an interprocess CUevent (cudaEvent_t), for wait_event of kvg_submit()'s entries. */
+int kvg_import_event(struct kvg_client *client, void *event, uint32_t *ret_id);
+
+/* Gives an import back; -EBUSY while an entry that names it is under way, -ENOENT. */
+int kvg_release(struct kvg_client *client, uint32_t id);
+
+/* ---- the cuda kind: KV in place ---- */
+
+/*
+ * These enqueue kernels on the client's stream; all may be captured. Pointers are to device memory, of the layout's
+ * dtype where no type is named, strides are in elements, and both keep 16-byte alignment. A slot is the low half of a
+ * sequence's handle; UINT32_MAX stands for no sequence. -EINVAL: an argument is out of range; -EOPNOTSUPP: not for
+ * this layout. A decode step:
+ *
+ *     kvg_cuda_plan(c, 0, layers, n, slots, 1);
+ *     for each layer: kvg_cuda_append(c, layer, n, slots, NULL, k, ks, v, vs), kvg_cuda_attend(c, layer, ...)
+ *     kvg_cuda_advance(c, slots, n, 1);
+ *     and, when the CPU gets to it, for each sequence kvg_commit(c, seq, 1)
+ *
+ * The counter of appended tokens on the device is the stream's: kvg_create(), evictions and kvg_truncate() set it in
+ * the stream's order, and kvg_commit() does until the first kvg_cuda_advance() of this client; from then on only
+ * kvg_cuda_advance() counts, after prefill too (by = the chunk's tokens), so that steps may run ahead of their commits.
+ */
+
+/*
+ * Writes K and V of `count` tokens of one layer, all heads, of any mix of sequences: token t, KV head h from
+ * k + t * k_stride + h * k_dim, v likewise. Token t goes to sequence slots[t], index[t] tokens after the last eviction;
+ * index NULL: to the place after the counter, which is right for one token of each sequence. Reserved before.
+ */
+int kvg_cuda_append(struct kvg_client *client, uint32_t layer, uint32_t count, const uint32_t *slots,
+	const uint32_t *index, const void *k, uint64_t k_stride, const void *v, uint64_t v_stride);
+
+/* The counters of `count` sequences, each named once, grow by `by`. */
+int kvg_cuda_advance(struct kvg_client *client, const uint32_t *slots, uint32_t count, uint32_t by);
+
+/*
+ * Divides the pairs of layers layer_begin .. + layer_count - 1 of `sequences` sequences among the GPU's processors, by
+ * their lengths of the moment, for kvg_cuda_attend(). extra: pairs beyond the counter, 1 where the step's own token
+ * is appended and not counted yet. slots must live as long as the plan. The library's memory for it grows outside of
+ * captures only: before capturing a graph call it once with the graph's sizes (-EBUSY otherwise).
+ */
+int kvg_cuda_plan(struct kvg_client *client, uint32_t layer_begin, uint32_t layer_count, uint32_t sequences,
+	const uint32_t *slots, uint32_t extra);
+
+/*
+ * Attention of one token of each of the last plan's sequences over all pairs of its rows: sequence i, query head h
+ * at q + i * q_stride + h * k_dim; out + i * out_stride + h * v_dim. scale: of the logits, 1 / sqrt(k_dim).
+ */
+int kvg_cuda_attend(struct kvg_client *client, uint32_t layer, float scale, const void *q, uint64_t q_stride, void *out,
+	uint64_t out_stride);
+
+/*
+ * The tables of one layer for other paged kernels, a row for each (sequence, KV head): ids int32
+ * [sequences][heads][cap] and lengths int32 [sequences][heads] in tokens; longer rows are cut.
+ */
+int kvg_cuda_export_table(struct kvg_client *client, uint32_t layer, uint32_t sequences, const uint32_t *slots,
+	uint32_t extra, int32_t *table, uint32_t cap, int32_t *lengths);
+
+/*
+ * The same as CSR (page size 16, one KV head a request): indptr int32 [sequences * heads + 1], indices int32 with
+ * room for sequences * heads * row_cap, last_page_len int32 [sequences * heads].
+ */
+int kvg_cuda_export_csr(struct kvg_client *client, uint32_t layer, uint32_t sequences, const uint32_t *slots,
+	uint32_t extra, int32_t *indptr, int32_t *indices, int32_t *last_page_len);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,7 @@
 #include "client/client.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 static uint32_t load(const uint32_t *word)
@@ -29,6 +30,9 @@ struct sequence *client_sequence(struct kvg_client *client, uint64_t seq, int *r
 		r = client_fail(client, -ENOENT,
 			"sequence %llx: no such sequence on this connection, which has %u slots",
 			(unsigned long long)seq, client->model.max_sequences);
+	if (r == 0 && client_pending(client, seq, KVG_OP_EVICT))
+		r = client_fail(
+			client, -EBUSY, "sequence %u: an eviction is under way: kvg_evict_finish() first", slot);
 	if (r < 0) {
 		*ret_status = r;
 		return NULL;
@@ -37,23 +41,37 @@ struct sequence *client_sequence(struct kvg_client *client, uint64_t seq, int *r
 }
 
 /* The counter that kernels add to base_len: tokens since the last eviction. Only what moves the end sets it. */
-static void set_appended(struct kvg_client *client, uint32_t slot, uint8_t op, bool folded)
+static bool set_appended(struct kvg_client *client, uint32_t slot, uint8_t op, bool folded)
 {
 	const struct sequence *now = &client->sequences[slot];
 	uint32_t appended = now->committed_pos - now->fold_pos;
 
-	if (op == KVG_OP_COMMIT || op == KVG_OP_TRUNCATE || op == KVG_OP_CREATE || op == KVG_OP_FREE || folded)
-		__atomic_store_n(appended_counter(client, slot), appended, __ATOMIC_RELAXED);
+	if (op != KVG_OP_COMMIT && op != KVG_OP_TRUNCATE && op != KVG_OP_CREATE && op != KVG_OP_FREE && !folded)
+		return false;
+	__atomic_store_n(appended_counter(client, slot), appended, __ATOMIC_RELAXED);
+	/* Steps may be enqueued ahead of their commits, and move the device's counter themselves. */
+	return !(op == KVG_OP_COMMIT && client->gpu && client->gpu->advances);
 }
 
-void client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe *cqe)
+int client_move_counter(struct kvg_client *client, const struct completion *completion)
+{
+	uint32_t slot = (uint32_t)completion->cqe.seq;
+	const struct sequence *now;
+
+	if (!client->gpu || !completion->moved)
+		return 0;
+	now = &client->sequences[slot];
+	return gpu_set_appended(client, slot, now->committed_pos - now->fold_pos);
+}
+
+bool client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe *cqe)
 {
 	uint32_t slot = (uint32_t)cqe->seq;
 	const struct kvg_slot *shared;
 	struct sequence before, now;
 
 	if (!client->registered || !cqe->seq || slot >= client->model.max_sequences)
-		return;
+		return false;
 	shared = &client->table.slots[slot];
 	before = client->sequences[slot];
 	now = (struct sequence){
@@ -67,8 +85,8 @@ void client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe 
 	if (!now.epoch || now.fold_pos > now.committed_pos || now.committed_pos > now.reserved_pos)
 		now = (struct sequence){0};
 	client->sequences[slot] = now;
-	if (cqe->status == 0)
-		set_appended(client, slot, op, op == KVG_OP_EVICT && now.generation != before.generation);
+	return cqe->status == 0 &&
+	       set_appended(client, slot, op, op == KVG_OP_EVICT && now.generation != before.generation);
 }
 
 /* An entry for a sequence with its current generation. */
@@ -79,6 +97,7 @@ static struct kvg_sqe entry_for(uint8_t op, uint64_t seq, const struct sequence 
 
 int kvg_create(struct kvg_client *client, const struct kvg_policy *policy, uint64_t *ret_seq)
 {
+	CLIENT_TURN(client);
 	struct kvg_sqe sqe = {.op = KVG_OP_CREATE, .create = *policy};
 	uint64_t seq;
 	int r = client_check_registered(client);
@@ -97,6 +116,7 @@ int kvg_create(struct kvg_client *client, const struct kvg_policy *policy, uint6
 
 int kvg_reserve(struct kvg_client *client, uint64_t seq, uint32_t tokens)
 {
+	CLIENT_TURN(client);
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
 	struct kvg_sqe sqe;
@@ -112,6 +132,7 @@ int kvg_reserve(struct kvg_client *client, uint64_t seq, uint32_t tokens)
 
 int kvg_commit(struct kvg_client *client, uint64_t seq, uint32_t tokens)
 {
+	CLIENT_TURN(client);
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
 	struct kvg_sqe sqe;
@@ -127,11 +148,26 @@ int kvg_commit(struct kvg_client *client, uint64_t seq, uint32_t tokens)
 	return client_call(client, &sqe);
 }
 
+/* What client->call says about an eviction, when its extents are back in the pool. */
+static int evicted(struct kvg_client *client, struct kvg_evict_result *ret)
+{
+	const struct kvg_cqe *cqe = &client->call.cqe;
+	struct kvg_evict_result result = {.pairs_held = cqe->value[0],
+		.pairs_dropped = cqe->value[1],
+		.bytes = cqe->value[2],
+		.generation = cqe->generation};
+	int r = client_return_memory(client);
+
+	if (r == 0 && ret)
+		*ret = result;
+	return r;
+}
+
 int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg_evict_result *ret)
 {
+	CLIENT_TURN(client);
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
-	struct kvg_evict_result result;
 	struct kvg_sqe sqe;
 
 	if (!sequence)
@@ -142,22 +178,83 @@ int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg
 	sqe = entry_for(KVG_OP_EVICT, seq, sequence);
 	sqe.evict.mode = mode;
 	r = client_call(client, &sqe);
+	return r < 0 ? r : evicted(client, ret);
+}
+
+/* The stream stops until the eviction is done and its extents are mapped. */
+static int evict_gated(struct kvg_client *client, const struct kvg_sqe *sqe, struct pending *pending)
+{
+	uint32_t slot = (uint32_t)sqe->seq;
+	int r = client->gpu ? gpu_gate_prepare(client, slot) : 0;
+
+	if (r == 0)
+		r = client_submit_async(client, sqe, pending);
+	if (r < 0) {
+		free(pending);
+		return r;
+	}
+	return client->gpu ? gpu_gate_close(client, slot, &pending->gate) : 0;
+}
+
+int kvg_evict_async(struct kvg_client *client, uint64_t seq, uint32_t mode)
+{
+	CLIENT_TURN(client);
+	int r = 0;
+	const struct sequence *sequence = client_sequence(client, seq, &r);
+	struct pending *pending;
+	struct kvg_sqe sqe;
+
+	if (!sequence)
+		return r;
+	pending = calloc(1, sizeof(*pending));
+	if (!pending)
+		return client_fail(client, -ENOMEM, "no memory for a call");
+	sqe = entry_for(KVG_OP_EVICT, seq, sequence);
+	sqe.evict.mode = mode;
+	return evict_gated(client, &sqe, pending);
+}
+
+int kvg_evict_finish(struct kvg_client *client, uint64_t seq, struct kvg_evict_result *ret)
+{
+	CLIENT_TURN(client);
+	int r = client_finish(client, seq, KVG_OP_EVICT, "kvg_evict_finish");
+
+	return r < 0 ? r : evicted(client, ret);
+}
+
+int kvg_reserve_async(struct kvg_client *client, uint64_t seq, uint32_t tokens)
+{
+	CLIENT_TURN(client);
+	int r = client_check_registered(client);
+	struct kvg_sqe sqe = {.op = KVG_OP_RESERVE, .seq = seq, .reserve.tokens = tokens};
+	struct pending *pending;
+
+	if (r == 0 && client_pending(client, seq, KVG_OP_RESERVE))
+		r = client_fail(client, -EBUSY, "sequence %u: a reserve is under way: kvg_reserve_finish() first",
+			(uint32_t)seq);
+	/* It may follow an eviction that is under way. */
+	if (r == 0 && !client_pending(client, seq, KVG_OP_EVICT))
+		(void)client_sequence(client, seq, &r);
 	if (r < 0)
 		return r;
-	result = (struct kvg_evict_result){
-		.pairs_held = client->call.cqe.value[0],
-		.pairs_dropped = client->call.cqe.value[1],
-		.bytes = client->call.cqe.value[2],
-		.generation = client->call.cqe.generation,
-	};
-	r = client_return_memory(client);
-	if (r == 0 && ret)
-		*ret = result;
+	pending = calloc(1, sizeof(*pending));
+	if (!pending)
+		return client_fail(client, -ENOMEM, "no memory for a call");
+	r = client_submit_async(client, &sqe, pending);
+	if (r < 0)
+		free(pending);
 	return r;
+}
+
+int kvg_reserve_finish(struct kvg_client *client, uint64_t seq)
+{
+	CLIENT_TURN(client);
+	return client_finish(client, seq, KVG_OP_RESERVE, "kvg_reserve_finish");
 }
 
 int kvg_truncate(struct kvg_client *client, uint64_t seq, uint32_t pos)
 {
+	CLIENT_TURN(client);
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
 	struct kvg_sqe sqe;
@@ -171,6 +268,7 @@ int kvg_truncate(struct kvg_client *client, uint64_t seq, uint32_t pos)
 
 int kvg_protect(struct kvg_client *client, uint64_t seq, uint32_t begin, uint32_t end)
 {
+	CLIENT_TURN(client);
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
 	struct kvg_sqe sqe;
@@ -185,6 +283,7 @@ int kvg_protect(struct kvg_client *client, uint64_t seq, uint32_t begin, uint32_
 
 int kvg_free(struct kvg_client *client, uint64_t seq)
 {
+	CLIENT_TURN(client);
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
 	struct kvg_sqe sqe;
@@ -198,6 +297,7 @@ int kvg_free(struct kvg_client *client, uint64_t seq)
 
 int kvg_query(struct kvg_client *client, uint64_t seq, struct kvg_sequence_info *ret)
 {
+	CLIENT_TURN(client);
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
 	const struct kvg_cqe *cqe = &client->call.cqe;
@@ -223,6 +323,7 @@ int kvg_query(struct kvg_client *client, uint64_t seq, struct kvg_sequence_info 
 
 int kvg_nop(struct kvg_client *client)
 {
+	CLIENT_TURN(client);
 	const struct kvg_sqe sqe = {.op = KVG_OP_NOP};
 
 	return client_call(client, &sqe);

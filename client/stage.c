@@ -16,20 +16,38 @@ static uint8_t *rows_base(const struct kvg_client *client)
 	return client->staging_map.base + client->staging_map.rows_offset;
 }
 
-/* Waits until the staging area has room for that many bytes. */
-static int wait_place(struct kvg_client *client, uint64_t bytes, uint64_t *ret_offset)
+int client_stage_place(struct kvg_client *client, const struct staging *staging, uint64_t bytes, uint64_t *ret_offset)
 {
 	int r = client_advance(client);
 
 	while (r == 0) {
-		r = staging_place(&client->staging, bytes, ret_offset);
+		r = staging_place(staging, bytes, ret_offset);
 		if (r == 0)
 			return 0;
 		if (r == -EMSGSIZE)
 			return client_fail(client, r, "staging area of %llu bytes cannot take %llu",
-				(unsigned long long)client->staging.size, (unsigned long long)bytes);
+				(unsigned long long)staging->size, (unsigned long long)bytes);
 		r = client_wait(client);
 	}
+	return r;
+}
+
+int client_stage(struct kvg_client *client, const struct kvg_sqe *sqe, enum stage_area area, uint32_t piece)
+{
+	int r;
+
+	client->stage_count++;
+	do {
+		r = client_submit_stage(client, sqe, area, piece);
+		if (r == 0)
+			return 0;
+		if (r == -EAGAIN)
+			r = client_wait(client);
+	} while (r == 0);
+	/* What was not submitted occupies nothing. */
+	client->stage_count--;
+	if (area != AREA_NONE)
+		staging_done(area == AREA_HOST ? &client->staging : &client->gpu->staging, piece);
 	return r;
 }
 
@@ -38,8 +56,7 @@ static int stage_piece(struct kvg_client *client, const struct rows *rows, const
 {
 	struct kvg_sqe sqe = {.op = KVG_OP_STAGE, .seq = rows->seq, .generation = sequence->generation};
 	uint64_t bytes = count * rows->row_bytes, offset = 0;
-	uint32_t piece;
-	int r = wait_place(client, bytes, &offset);
+	int r = client_stage_place(client, &client->staging, bytes, &offset);
 
 	if (r < 0)
 		return r;
@@ -51,15 +68,7 @@ static int stage_piece(struct kvg_client *client, const struct rows *rows, const
 	sqe.stage.pos = rows->pos + first;
 	sqe.stage.rows = count;
 	sqe.stage.offset = offset;
-	piece = staging_take(&client->staging, bytes, offset);
-	client->stage_count++;
-	do {
-		r = client_submit(client, ENTRY_STAGE, &sqe, 0, piece);
-		if (r == 0)
-			return 0;
-		r = client_wait(client);
-	} while (r == 0);
-	return r;
+	return client_stage(client, &sqe, AREA_HOST, staging_take(&client->staging, bytes, offset));
 }
 
 /* Rows larger than the area go in pieces. */
@@ -90,6 +99,7 @@ static int stage_rows(struct kvg_client *client, const struct rows *rows, uint32
 int kvg_stage_hidden(
 	struct kvg_client *client, uint64_t seq, uint32_t layer, uint32_t pos, uint32_t rows, const uint16_t *hidden)
 {
+	CLIENT_TURN(client);
 	const struct rows all = {.seq = seq,
 		.kind = KVG_STAGE_HIDDEN,
 		.layer = layer,
@@ -102,6 +112,7 @@ int kvg_stage_hidden(
 int kvg_stage_scores(
 	struct kvg_client *client, uint64_t seq, uint32_t layer, uint32_t pos, uint32_t rows, const float *scores)
 {
+	CLIENT_TURN(client);
 	const struct rows all = {.seq = seq,
 		.kind = KVG_STAGE_SCORE,
 		.layer = layer,
@@ -113,17 +124,19 @@ int kvg_stage_scores(
 
 void *kvg_stage_buffer(struct kvg_client *client, uint64_t bytes)
 {
+	CLIENT_TURN(client);
 	uint64_t offset = 0;
 
 	if (client_check_registered(client) < 0)
 		return NULL;
-	if (wait_place(client, bytes, &offset) < 0)
+	if (client_stage_place(client, &client->staging, bytes, &offset) < 0)
 		return NULL;
 	return rows_base(client) + offset;
 }
 
 int kvg_stage_wait(struct kvg_client *client)
 {
+	CLIENT_TURN(client);
 	int r = client_advance(client);
 
 	while (r == 0 && client->stage_count)

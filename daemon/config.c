@@ -20,15 +20,21 @@
 #define FILE_MAX_BYTES  (1u << 20)
 #define EXTENT_MIN      (UINT64_C(64) << 10)
 #define EXTENT_DEFAULT  (UINT64_C(256) << 10) /* at least */
+#define EXTENT_MIN_CUDA (UINT64_C(2) << 20)   /* what GPUs map at least */
 #define EXTENT_MAX      (UINT64_C(1) << 30)
 #define EXTENT_COUNT    2000 /* about, when the size is ours to choose */
 #define SPIN_US_DEFAULT 50
 #define SPIN_US_MAX     1000000
+#define WAIT_MS_DEFAULT 10000
+#define WAIT_MS_MAX     600000
+#define INDEX_MAX       1023
 #define TENANT_NAME_MAX 64
 #define SOCKET_MAX      (sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1)
 #define PASSWD_BUFFER   16384
 #define SECTION_MAX     128
 #define KEY_DEVICE_SIZE 0 /* of keys[] */
+#define KEY_EXTENT_SIZE 1
+#define KEY_INDEX       2
 #define SPACES          " \t\r\v\f"
 #define ARRAY_SIZE(a)   (sizeof(a) / sizeof((a)[0]))
 
@@ -119,14 +125,56 @@ static bool parse_number(const char *text, uint64_t max, uint64_t *ret)
 	return *ret <= max;
 }
 
-static void set_spin_us(struct parser *parser, const char *key, const char *value)
+static void set_number(
+	struct parser *parser, const char *key, const char *value, uint32_t least, uint32_t most, uint32_t *ret)
 {
 	uint64_t number;
 
-	if (parse_number(value, SPIN_US_MAX, &number))
-		parser->config.spin_us = (uint32_t)number;
+	if (parse_number(value, most, &number) && number >= least)
+		*ret = (uint32_t)number;
 	else
-		fail(parser, -EINVAL, "%s: '%s' is not a number from 0 to %u", key, value, SPIN_US_MAX);
+		fail(parser, -EINVAL, "%s: '%s' is not a number from %u to %u", key, value, least, most);
+}
+
+static void set_spin_us(struct parser *parser, const char *key, const char *value)
+{
+	set_number(parser, key, value, 0, SPIN_US_MAX, &parser->config.spin_us);
+}
+
+static void set_wait_ms(struct parser *parser, const char *key, const char *value)
+{
+	set_number(parser, key, value, 1, WAIT_MS_MAX, &parser->config.wait_ms);
+}
+
+static void set_device_index(struct parser *parser, const char *key, const char *value)
+{
+	set_number(parser, key, value, 0, INDEX_MAX, &parser->config.device_index);
+}
+
+/* Whether the value is the second of two words. */
+static bool parse_choice(
+	struct parser *parser, const char *key, const char *value, const char *first, const char *second)
+{
+	bool is_second = strcmp(value, second) == 0;
+
+	if (!is_second && strcmp(value, first) != 0)
+		fail(parser, -EINVAL, "%s: '%s' is neither %s nor %s", key, value, first, second);
+	return is_second;
+}
+
+static void set_kind(struct parser *parser, const char *key, const char *value)
+{
+	parser->config.kind = parse_choice(parser, key, value, "host", "cuda") ? CONFIG_CUDA : CONFIG_HOST;
+}
+
+static void set_isolation(struct parser *parser, const char *key, const char *value)
+{
+	parser->config.isolation = parse_choice(parser, key, value, "shared", "strict") ? CONFIG_STRICT : CONFIG_SHARED;
+}
+
+static void set_ipc(struct parser *parser, const char *key, const char *value)
+{
+	last_tenant(parser)->ipc = parse_choice(parser, key, value, "no", "yes");
 }
 
 static void set_string(struct parser *parser, const char *key, const char *value, char **ret)
@@ -257,8 +305,12 @@ static const struct key {
 	void (*set)(struct parser *parser, const char *key, const char *value);
 } keys[] = {
 	[KEY_DEVICE_SIZE] = {SECTION_POOL, "device.size", set_device_size},
-	{SECTION_POOL, "extent_size", set_extent_size},
+	[KEY_EXTENT_SIZE] = {SECTION_POOL, "extent_size", set_extent_size},
+	[KEY_INDEX] = {SECTION_POOL, "device.index", set_device_index},
+	{SECTION_POOL, "kind", set_kind},
 	{SECTION_DAEMON, "spin_us", set_spin_us},
+	{SECTION_DAEMON, "isolation", set_isolation},
+	{SECTION_DAEMON, "wait_ms", set_wait_ms},
 	{SECTION_ADMIN, "socket", set_admin_socket},
 	{SECTION_ADMIN, "mode", set_admin_mode},
 	{SECTION_ADMIN, "group", set_admin_group},
@@ -266,6 +318,7 @@ static const struct key {
 	{SECTION_TENANT, "mode", set_tenant_mode},
 	{SECTION_TENANT, "uids", set_uids},
 	{SECTION_TENANT, "device.max", set_device_max},
+	{SECTION_TENANT, "ipc", set_ipc},
 };
 _Static_assert(ARRAY_SIZE(keys) <= ARRAY_SIZE(((struct parser *)NULL)->seen), "a line for each key");
 
@@ -415,6 +468,31 @@ static void parse(struct parser *parser)
 	parser->line = 0;
 }
 
+static uint64_t default_extent(const struct config *config)
+{
+	uint64_t size = config->kind == CONFIG_CUDA ? EXTENT_MIN_CUDA : EXTENT_DEFAULT;
+
+	while (size < EXTENT_MAX && size < config->device_size / EXTENT_COUNT)
+		size *= 2;
+	return size;
+}
+
+/* What only the cuda kind has, or allows. */
+static void check_kind(struct parser *parser)
+{
+	const struct config *config = &parser->config;
+	char extent[KVG_SIZE_TEXT];
+
+	parser->line = parser->seen[KEY_INDEX];
+	if (parser->line && config->kind != CONFIG_CUDA)
+		fail(parser, -EINVAL, "device.index: there is a device only with kind = cuda");
+	parser->line = parser->seen[KEY_EXTENT_SIZE];
+	if (parser->line && config->kind == CONFIG_CUDA && config->extent_size < EXTENT_MIN_CUDA)
+		fail(parser, -EINVAL, "extent_size: %s is less than the 2.0 MiB that a GPU maps at least",
+			kvg_size_format(config->extent_size, extent));
+	parser->line = 0;
+}
+
 static void check_pool(struct parser *parser)
 {
 	struct config *config = &parser->config;
@@ -424,11 +502,9 @@ static void check_pool(struct parser *parser)
 		fail(parser, -EINVAL, "there is no device.size in [pool]");
 		return;
 	}
-	if (config->extent_size == 0) {
-		config->extent_size = EXTENT_DEFAULT;
-		while (config->extent_size < EXTENT_MAX && config->extent_size < config->device_size / EXTENT_COUNT)
-			config->extent_size *= 2;
-	}
+	check_kind(parser);
+	if (config->extent_size == 0)
+		config->extent_size = default_extent(config);
 	parser->line = parser->seen[KEY_DEVICE_SIZE];
 	if (config->device_size < config->extent_size)
 		fail(parser, -EINVAL, "device.size: %s is less than one extent, %s",
@@ -542,7 +618,9 @@ static void read_config(struct parser *parser)
 
 int config_read(const char *path, struct config *ret, char *text)
 {
-	struct parser parser = {.path = path, .text = text, .config = {.spin_us = SPIN_US_DEFAULT, .admin_mode = 0660}};
+	struct parser parser = {.path = path,
+		.text = text,
+		.config = {.spin_us = SPIN_US_DEFAULT, .wait_ms = WAIT_MS_DEFAULT, .admin_mode = 0660}};
 
 	read_config(&parser);
 	if (!parser.error)

@@ -1,10 +1,10 @@
 /*
  * config.h - the configuration file (ini; packaging/kvgated.conf describes every key).
  *
- *   [pool]   device.size, extent_size
- *   [daemon] spin_us
+ *   [pool]   kind, device.index, device.size, extent_size
+ *   [daemon] spin_us, isolation, wait_ms
  *   [admin]  socket, mode, group
- *   [tenant NAME] socket, mode, uids, device.max
+ *   [tenant NAME] socket, mode, uids, device.max, ipc
  *
  * An unknown section or key, a value of the wrong form, and a value that contradicts another
  * are errors that name file, line, key, value and limit.
@@ -12,11 +12,15 @@
 #ifndef KVG_CONFIG_H
 #define KVG_CONFIG_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
 
 #define CONFIG_TEXT 512
+
+enum config_kind { CONFIG_HOST = 0, CONFIG_CUDA = 1 };
+enum config_isolation { CONFIG_SHARED = 0, CONFIG_STRICT = 1 };
 
 struct config_tenant {
 	char *name;
@@ -25,17 +29,22 @@ struct config_tenant {
 	uid_t *uids;  /* empty: whoever the socket's mode lets in */
 	size_t uid_count;
 	uint64_t device_max; /* default: the pool's size */
+	bool ipc;            /* default no */
 };
 
 struct config {
+	enum config_kind kind; /* default host */
+	uint32_t device_index; /* cuda: the GPU's ordinal; default 0 */
 	uint64_t device_size;
-	uint64_t extent_size; /* a power of two, 64 KiB to 1 GiB; default: grows with the pool, at most about 2000
-				 extents, at least 256 KiB */
+	uint64_t extent_size; /* a power of two, 64 KiB (cuda: 2 MiB) to 1 GiB; default: grows with the pool, at most
+				 about 2000 extents, at least 256 KiB (cuda: 2 MiB) */
 	uint32_t spin_us;     /* default 50 */
-	char *admin_socket;   /* NULL: STATE_DIR/admin.sock */
-	mode_t admin_mode;    /* default 0660 */
-	char *admin_group;    /* NULL: leave the group */
-	struct config_tenant *tenants; /* at least one, names and sockets unique */
+	enum config_isolation isolation; /* default shared */
+	uint32_t wait_ms;                /* default 10000 */
+	char *admin_socket;              /* NULL: STATE_DIR/admin.sock */
+	mode_t admin_mode;               /* default 0660 */
+	char *admin_group;               /* NULL: leave the group */
+	struct config_tenant *tenants;   /* at least one, names and sockets unique */
 	size_t tenant_count;
 };
 

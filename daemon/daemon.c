@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -14,10 +15,14 @@
 #include <unistd.h>
 
 #include "daemon/base/log.h"
+#include "daemon/device.h"
 #include "proto/size.h"
 #include "daemon/session/admin.h"
 #include "daemon/session/listener.h"
 #include "daemon/session/worker.h"
+
+#define STOP_POLL_NS  UINT64_C(1000000)
+#define LOST_LIMIT_NS UINT64_C(5000000000) /* for the end of an orderly stop once the device is lost */
 
 struct endpoint {
 	struct server *server;
@@ -33,7 +38,12 @@ struct daemon {
 	struct admin admin;
 	struct endpoint *endpoints; /* of the tenants */
 	struct endpoint admin_endpoint;
+	struct kind *kind; /* owned, unless it came with the options */
+	uint64_t extent_size;
 	struct loop_timer *stop_timer;
+	struct loop_watch *failure_watch;
+	char stop_reason[KIND_TEXT + 64];
+	uint64_t lost_ns; /* when the device was lost; 0: it was not */
 	int lock_fd;
 	bool stopping;
 };
@@ -159,9 +169,23 @@ static void close_endpoint(struct endpoint *endpoint)
 
 /* ---- start ---- */
 
+static int start_kind(struct daemon *daemon)
+{
+	char text[DEVICE_TEXT];
+	int r = 0;
+
+	daemon->kind = daemon->options->kind;
+	if (!daemon->kind)
+		r = device_open(daemon->config, &daemon->kind, text);
+	if (r >= 0)
+		r = device_check(daemon->config, daemon->kind, &daemon->extent_size, text);
+	if (r < 0)
+		log_error("%s", text);
+	return r;
+}
+
 static int start_memory(struct daemon *daemon)
 {
-	const struct config *config = daemon->config;
 	struct server *server = &daemon->server;
 	int r = loop_new(&server->loop);
 
@@ -169,10 +193,13 @@ static int start_memory(struct daemon *daemon)
 		log_error("io_uring: %s (this kernel or its settings do not allow it)", strerror(-r));
 		return r;
 	}
+	r = start_kind(daemon);
+	if (r < 0)
+		return r;
 	r = executor_new(server->loop, &server->executor);
 	if (r >= 0)
-		r = pool_new(server->loop, server->executor, &kind_host, config->device_size, config->extent_size,
-			&server->pool);
+		r = pool_new(server->loop, server->executor, daemon->kind, daemon->config->device_size,
+			daemon->extent_size, &server->pool);
 	if (r < 0)
 		log_error("memory: %s", strerror(-r));
 	return r;
@@ -196,19 +223,40 @@ static int start_tenants(struct daemon *daemon)
 			log_error("tenant %s: %s", tenant->name, strerror(-r));
 			return r;
 		}
+		server->tenants[server->tenant_count]->ipc = tenant->ipc;
 	}
 	return 0;
 }
 
-/* The loop goes on until every worker's memory is back. */
+/*
+ * The loop goes on until every worker's memory is back. Once the device is lost nothing of it can come back but by the
+ * end of the process, which therefore does not wait for ever.
+ */
 static void check_stopped(void *user)
 {
 	struct daemon *daemon = user;
 
-	if (daemon->server.worker_count == 0 && daemon->server.pool->batches == 0)
+	if (daemon->server.worker_count == 0 && daemon->server.pool->batches == 0) {
 		loop_stop(daemon->server.loop);
-	else
-		loop_timer_set(daemon->stop_timer, 1000000);
+	} else if (daemon->lost_ns && loop_now() - daemon->lost_ns > LOST_LIMIT_NS) {
+		log_error("%u workers could not be taken down in order", daemon->server.worker_count);
+		_exit(DAEMON_DEVICE_LOST);
+	} else {
+		loop_timer_set(daemon->stop_timer, STOP_POLL_NS);
+	}
+}
+
+/* Tells everybody, and lets go of what they hold. */
+static void begin_stop(struct daemon *daemon)
+{
+	daemon->stopping = true;
+	(void)sd_notify(0, "STOPPING=1\nSTATUS=Stopping");
+	for (size_t i = 0; i < daemon->server.tenant_count; i++)
+		close_endpoint(&daemon->endpoints[i]);
+	close_endpoint(&daemon->admin_endpoint);
+	admin_deinit(&daemon->admin);
+	server_stop(&daemon->server, daemon->stop_reason);
+	check_stopped(daemon);
 }
 
 static void on_signal(void *user, int signal)
@@ -217,15 +265,39 @@ static void on_signal(void *user, int signal)
 
 	if (daemon->stopping)
 		return;
-	daemon->stopping = true;
 	log_info("%s: stopping", strsignal(signal));
-	(void)sd_notify(0, "STOPPING=1\nSTATUS=Stopping");
-	for (size_t i = 0; i < daemon->server.tenant_count; i++)
-		close_endpoint(&daemon->endpoints[i]);
-	close_endpoint(&daemon->admin_endpoint);
-	admin_deinit(&daemon->admin);
-	server_stop(&daemon->server, "the daemon is stopping");
-	check_stopped(daemon);
+	(void)snprintf(daemon->stop_reason, sizeof(daemon->stop_reason), "the daemon is stopping");
+	begin_stop(daemon);
+}
+
+/* The device is lost: the kind's failure_fd() can be read. */
+static void on_failure(void *user, uint32_t revents)
+{
+	struct daemon *daemon = user;
+	const struct server *server = &daemon->server;
+	char failure[KIND_TEXT], size[KVG_SIZE_TEXT];
+
+	(void)revents;
+	if (daemon->lost_ns || !daemon->kind->ops->failure(daemon->kind, failure))
+		return;
+	daemon->lost_ns = loop_now();
+	log_error(
+		"GPU error %s: the KV of %u workers, %s, is lost; the daemon ends with status %d, to be started again",
+		failure, server->worker_count, kvg_size_format(server->pool->quota.account->charged, size),
+		DAEMON_DEVICE_LOST);
+	if (daemon->stopping)
+		return;
+	(void)snprintf(daemon->stop_reason, sizeof(daemon->stop_reason), "GPU error %s: the daemon restarts", failure);
+	begin_stop(daemon);
+}
+
+static int start_failure_watch(struct daemon *daemon)
+{
+	int fd = daemon->kind->ops->failure_fd(daemon->kind);
+
+	if (fd < 0)
+		return 0;
+	return loop_watch_new(daemon->server.loop, fd, POLLIN, on_failure, daemon, &daemon->failure_watch);
 }
 
 static int start_signals(struct daemon *daemon)
@@ -236,7 +308,9 @@ static int start_signals(struct daemon *daemon)
 	(void)sigemptyset(&set);
 	(void)sigaddset(&set, SIGTERM);
 	(void)sigaddset(&set, SIGINT);
-	return r < 0 ? r : loop_signals(daemon->server.loop, &set, on_signal, daemon);
+	if (r >= 0)
+		r = loop_signals(daemon->server.loop, &set, on_signal, daemon);
+	return r < 0 ? r : start_failure_watch(daemon);
 }
 
 static int start_sockets(struct daemon *daemon)
@@ -252,14 +326,14 @@ static int start_sockets(struct daemon *daemon)
 
 static void announce(const struct daemon *daemon)
 {
+	const char *kind = daemon->kind->ops->name;
 	char pool[KVG_SIZE_TEXT], extent[KVG_SIZE_TEXT];
 
 	(void)kvg_size_format(daemon->config->device_size, pool);
-	(void)kvg_size_format(daemon->config->extent_size, extent);
-	log_info("kvgated %s: %s pool of %s in extents of %s, %zu tenants, state in %s", KVG_VERSION,
-		daemon->server.pool->kind->name, pool, extent, daemon->server.tenant_count, daemon->options->state_dir);
-	(void)sd_notifyf(0, "READY=1\nSTATUS=%s pool of %s, %zu tenants", daemon->server.pool->kind->name, pool,
-		daemon->server.tenant_count);
+	(void)kvg_size_format(daemon->extent_size, extent);
+	log_info("kvgated %s: %s pool of %s in extents of %s, %zu tenants, state in %s", KVG_VERSION, kind, pool,
+		extent, daemon->server.tenant_count, daemon->options->state_dir);
+	(void)sd_notifyf(0, "READY=1\nSTATUS=%s pool of %s, %zu tenants", kind, pool, daemon->server.tenant_count);
 }
 
 static int start(struct daemon *daemon)
@@ -273,7 +347,10 @@ static int start(struct daemon *daemon)
 	if (r < 0)
 		return r;
 	daemon->server.spin_ns = (uint64_t)daemon->config->spin_us * 1000;
+	daemon->server.wait_ns = (uint64_t)daemon->config->wait_ms * 1000000;
 	daemon->server.state_dir = daemon->options->state_dir;
+	if (daemon->kind->ops->about(daemon->kind))
+		daemon->server.isolation = daemon->config->isolation == CONFIG_STRICT ? "strict" : "shared";
 	admin_init(&daemon->admin, &daemon->server);
 	r = server_start(&daemon->server);
 	if (r >= 0)
@@ -293,9 +370,12 @@ static void stop(struct daemon *daemon)
 		close_endpoint(&daemon->endpoints[i]);
 	close_endpoint(&daemon->admin_endpoint);
 	daemon->stop_timer = loop_timer_free(daemon->stop_timer);
+	daemon->failure_watch = loop_watch_free(daemon->failure_watch);
 	server_end(server);
 	server->executor = executor_free(server->executor);
 	server->pool = pool_free(server->pool);
+	if (!daemon->options->kind)
+		daemon->kind = kind_free(daemon->kind);
 	for (size_t i = 0; i < server->tenant_count; i++)
 		(void)tenant_free(server->tenants[i]);
 	free(server->tenants);
@@ -323,5 +403,7 @@ int daemon_run(const struct config *config, const struct daemon_options *options
 		}
 	}
 	stop(&daemon);
+	if (daemon.lost_ns)
+		return DAEMON_DEVICE_LOST;
 	return r < 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }

@@ -18,7 +18,10 @@ static const char usage[] = "Usage: kvgated --config FILE [--socket PATH] [--sta
 			    "  --socket PATH    the first tenant's socket, instead of the configured one\n"
 			    "  --state-dir DIR  lock, relative socket paths, admin.sock (default /run/kvgate)\n"
 			    "  --version        print the version\n"
-			    "  --help           print this\n";
+			    "  --help           print this\n"
+			    "\n"
+			    "Exit status: 0 after SIGTERM or SIGINT, 1 for an error at the start, 2 for wrong\n"
+			    "arguments, 3 when the GPU was lost (the KV with it; start kvgated again).\n";
 
 /*
  * The BLAS library starts threads before main() as the environment says, and their signal masks are not ours:

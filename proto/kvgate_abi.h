@@ -116,6 +116,8 @@ enum kvg_op {
 
 enum kvg_stage_kind { KVG_STAGE_HIDDEN = 1, KVG_STAGE_PREACT = 2, KVG_STAGE_SCORE = 3 };
 
+enum kvg_buffer { KVG_BUFFER_STAGING = 0, KVG_BUFFER_DEVICE = 1 }; /* the staging memfd's rows, the device staging */
+
 enum kvg_evict_mode { KVG_EVICT_PREFILL = 0, KVG_EVICT_DECODE = 1 };
 
 /* One submission. Every entry gets exactly one completion; entries of one sequence run in order. */
@@ -127,8 +129,11 @@ struct kvg_sqe {
 	uint64_t user_data;
 	uint64_t seq;        /* handle: epoch << 32 | slot */
 	uint32_t generation; /* of the sequence, for COMMIT, STAGE, EVICT, TRUNCATE; another one is -ESTALE */
-	uint32_t reserved1;
-	uint64_t wait_value, signal_value; /* timeline semaphores; 0 on the host kind */
+	uint32_t wait_event; /* an imported event that must have happened before; 0: none */
+	/* Timeline semaphores (struct kvg_sync), 0 on the host kind. The daemon touches nothing of the entry's before
+	 * sync.worker >= wait_value; it raises the sequence's slot to signal_value (if that is not 0) in the order
+	 * of its stream when the entry's work is done, and in any case before the completion. */
+	uint64_t wait_value, signal_value;
 	union {
 		struct kvg_policy create;
 		struct {
@@ -140,11 +145,14 @@ struct kvg_sqe {
 		struct {
 			uint32_t begin, end;
 		} protect;
-		/* HIDDEN: bf16 [layer_count][rows][hidden_dim]; SCORE: fp32 [layer_count][rows][heads].
-		 * Rows are positions pos .. pos + rows - 1. offset counts from the staging rows' start. */
+		/* HIDDEN: bf16 [layer_count][rows][hidden_dim]; PREACT: bf16 [layer_count][rows][(G + 1) * H * d], the
+		 * products with wq (without bias) and wk; SCORE: fp32 [layer_count][rows][heads]. Rows are positions
+		 * pos .. pos + rows - 1. offset counts from the start of the staging rows or of the buffer;
+		 * layers are layer_stride bytes apart (0: they follow each other). */
 		struct {
-			uint32_t kind, layer_begin, layer_count, pos, rows, reserved;
-			uint64_t offset;
+			uint32_t kind, layer_begin, layer_count, pos, rows;
+			uint32_t buffer; /* KVG_BUFFER_* or an imported buffer */
+			uint64_t offset, layer_stride;
 		} stage;
 		struct {
 			uint32_t mode; /* enum kvg_evict_mode */
@@ -217,6 +225,18 @@ struct kvg_table {
 };
 
 /* The staging memfd: uint32 appended[max_sequences] at 0 (the worker's), rows from rows_offset (in the reply). */
+
+/*
+ * Timeline semaphores of the cuda kind, in the staging memfd at sync_offset: 64-bit counters that only grow, in memory
+ * that both processes register with their driver, so that streams write them and wait for them. Requests of
+ * one sequence run in order, so each slot's counter does.
+ */
+struct kvg_sync {
+	uint64_t worker; /* raised by the worker's stream */
+	uint64_t reserved[7];
+	uint64_t slots[]; /* [max_sequences]: raised by the daemon; INT64_MAX by the library when the connection breaks
+			     (streams compare the difference as a signed number) */
+};
 
 #ifndef __cplusplus
 _Static_assert(sizeof(struct kvg_group) == 96, "ABI");

@@ -6,12 +6,21 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "daemon/base/relax.h"
 
 /* Longer than the reactor needs between the short phases of one request. */
 #define EXECUTOR_SPIN_NS 50000
+
+/* While jobs are polled: spinning since the last event, and naps after that, each longer than the last. */
+#define POLL_SPIN_NS 100000
+#define NAP_MIN_NS   5000
+#define NAP_MAX_NS   50000
+#define NAP_SLACK_NS 1000  /* how late the kernel may end a nap */
+#define POLL_GAP_NS  20000 /* between polls while other jobs run */
 
 /*
  * Two stacks carry jobs between the threads, each pushed by one side and emptied
@@ -72,6 +81,26 @@ static struct job *spin_for_jobs(struct executor *executor)
 	return jobs;
 }
 
+static struct timespec timespec_of(uint64_t ns)
+{
+	return (struct timespec){.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+}
+
+/* Sleeps until a job is submitted, the thread is to end, or `until` has come (UINT64_MAX: never). */
+static void sleep_until(struct executor *executor, uint64_t until)
+{
+	const struct timespec time = timespec_of(until);
+	int r = 0;
+
+	pthread_mutex_lock(&executor->lock);
+	atomic_store(&executor->inbox.sleeping, true);
+	while (r == 0 && !executor->stop && !atomic_load(&executor->inbox.top))
+		r = until == UINT64_MAX ? pthread_cond_wait(&executor->wake, &executor->lock)
+					: pthread_cond_timedwait(&executor->wake, &executor->lock, &time);
+	atomic_store(&executor->inbox.sleeping, false);
+	pthread_mutex_unlock(&executor->lock);
+}
+
 /* NULL when the thread is to end. */
 static struct job *wait_for_jobs(struct executor *executor)
 {
@@ -79,31 +108,98 @@ static struct job *wait_for_jobs(struct executor *executor)
 
 	if (jobs)
 		return jobs;
-	pthread_mutex_lock(&executor->lock);
-	atomic_store(&executor->inbox.sleeping, true);
-	while (!executor->stop && !atomic_load(&executor->inbox.top))
-		pthread_cond_wait(&executor->wake, &executor->lock);
-	atomic_store(&executor->inbox.sleeping, false);
-	pthread_mutex_unlock(&executor->lock);
+	sleep_until(executor, UINT64_MAX);
 	return stack_take(&executor->inbox);
+}
+
+/* ---- the thread ---- */
+
+/* Jobs whose run() is over and whose work is not, in the order in which they ran. */
+struct polled {
+	struct job *first, **end;
+	uint64_t last_ns;  /* when they were polled */
+	uint64_t event_ns; /* when one was submitted or ended */
+	uint64_t nap_ns;
+};
+
+static void finish(struct executor *executor, struct job *job)
+{
+	stack_push(&executor->done, job);
+	if (atomic_exchange(&executor->done.sleeping, false))
+		(void)eventfd_write(executor->event_fd, 1);
+}
+
+static void poll_jobs(struct executor *executor, struct polled *polled)
+{
+	struct job **at = &polled->first, *job;
+	bool any = false;
+
+	while ((job = *at)) {
+		if (!job->poll(job)) {
+			at = &job->next;
+			continue;
+		}
+		*at = job->next;
+		finish(executor, job);
+		any = true;
+	}
+	polled->end = at;
+	polled->last_ns = loop_now();
+	if (any) {
+		polled->event_ns = polled->last_ns;
+		polled->nap_ns = NAP_MIN_NS;
+	}
+}
+
+static void run_job(struct executor *executor, struct polled *polled, struct job *job)
+{
+	job->run(job);
+	if (!job->poll) {
+		finish(executor, job);
+		return;
+	}
+	job->next = NULL;
+	*polled->end = job;
+	polled->end = &job->next;
+	polled->event_ns = loop_now();
+	polled->nap_ns = NAP_MIN_NS;
+}
+
+/* Nothing was submitted: polled jobs are asked again after a moment. */
+static void pause_between_polls(struct executor *executor, struct polled *polled)
+{
+	uint64_t now = loop_now();
+
+	if (now - polled->event_ns < POLL_SPIN_NS) {
+		cpu_relax();
+		return;
+	}
+	sleep_until(executor, now + polled->nap_ns);
+	polled->nap_ns = polled->nap_ns * 2 < NAP_MAX_NS ? polled->nap_ns * 2 : NAP_MAX_NS;
 }
 
 static void *executor_main(void *arg)
 {
 	struct executor *executor = arg;
+	struct polled polled = {.end = &polled.first, .nap_ns = NAP_MIN_NS};
 	struct job *job, *next;
 
-	while ((job = wait_for_jobs(executor))) {
+	(void)prctl(PR_SET_TIMERSLACK, NAP_SLACK_NS, 0, 0, 0);
+	while ((job = polled.first ? stack_take(&executor->inbox) : wait_for_jobs(executor)) || polled.first) {
+		if (!job)
+			pause_between_polls(executor, &polled);
 		for (; job; job = next) {
 			next = job->next;
-			job->run(job);
-			stack_push(&executor->done, job);
-			if (atomic_exchange(&executor->done.sleeping, false))
-				(void)eventfd_write(executor->event_fd, 1);
+			run_job(executor, &polled, job);
+			if (polled.first && loop_now() - polled.last_ns > POLL_GAP_NS)
+				poll_jobs(executor, &polled);
 		}
+		poll_jobs(executor, &polled);
 	}
 	return NULL;
 }
+
+/* ---- the reactor ---- */
 
 static bool executor_poll(void *user)
 {
@@ -153,6 +249,17 @@ static int start_thread(struct executor *executor)
 	return -r;
 }
 
+static void init_lock(struct executor *executor)
+{
+	pthread_condattr_t attributes;
+
+	(void)pthread_mutex_init(&executor->lock, NULL);
+	(void)pthread_condattr_init(&attributes);
+	(void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC); /* that of loop_now() */
+	(void)pthread_cond_init(&executor->wake, &attributes);
+	(void)pthread_condattr_destroy(&attributes);
+}
+
 int executor_new(struct loop *loop, struct executor **ret)
 {
 	struct executor *executor = calloc(1, sizeof(*executor));
@@ -172,8 +279,7 @@ int executor_new(struct loop *loop, struct executor **ret)
 	r = loop_poller_add(loop, &executor_poller, executor);
 	if (r < 0)
 		goto fail_watch;
-	(void)pthread_mutex_init(&executor->lock, NULL);
-	(void)pthread_cond_init(&executor->wake, NULL);
+	init_lock(executor);
 	r = start_thread(executor);
 	if (r < 0)
 		goto fail_poller;

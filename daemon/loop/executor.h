@@ -5,6 +5,11 @@
  * A job is embedded in its owner, which must outlive it. run() runs on the
  * executor, then done() on the reactor; jobs run one at a time in the order of
  * submission. Between submit and done() everything the job touches belongs to it.
+ *
+ * A job that only starts work, on a GPU for example, has a poll() too: after run() the executor calls it again and
+ * again, between other jobs, until it returns true; then the job is done. Jobs with a poll() may overtake
+ * each other and be overtaken. poll() does not wait. While jobs are polled the thread spins for a while after
+ * each event and then naps; without any it sleeps until the next is submitted.
  */
 #ifndef KVG_EXECUTOR_H
 #define KVG_EXECUTOR_H
@@ -13,6 +18,7 @@
 
 struct job {
 	void (*run)(struct job *job);
+	bool (*poll)(struct job *job); /* NULL: the work ends with run() */
 	void (*done)(struct job *job);
 	struct job *next; /* the executor's */
 };
@@ -22,7 +28,7 @@ struct executor;
 /* Starts the thread (all signals blocked in it) and adds its completions to the loop (a poller and an eventfd). */
 int executor_new(struct loop *loop, struct executor **ret);
 
-/* Waits for the queue to drain, runs every done(), ends the thread. NULL is fine; returns NULL. */
+/* Waits for the queue to drain, polled jobs too, runs every done(), ends the thread. NULL is fine; returns NULL. */
 struct executor *executor_free(struct executor *executor);
 
 void executor_submit(struct executor *executor, struct job *job);

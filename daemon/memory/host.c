@@ -1,5 +1,6 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -7,10 +8,13 @@
 #include "daemon/memory/kind.h"
 #include "proto/frame.h"
 
-static int host_create(size_t size)
+#define PAGE 4096u
+
+static int host_create(struct kind *kind, size_t size)
 {
 	int fd = kvg_memfd_new("kvgate-extent", size);
 
+	(void)kind;
 	if (fd < 0)
 		return fd;
 	while (fallocate(fd, 0, 0, (off_t)size) < 0) {
@@ -24,21 +28,24 @@ static int host_create(size_t size)
 	return fd;
 }
 
-static void *host_reserve(size_t size)
+static void *host_reserve(struct kind *kind, size_t size)
 {
 	void *base = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
+	(void)kind;
 	return base == MAP_FAILED ? NULL : base;
 }
 
-static void host_unreserve(void *base, size_t size)
+static void host_unreserve(struct kind *kind, void *base, size_t size)
 {
+	(void)kind;
 	if (base)
 		(void)munmap(base, size);
 }
 
-static int host_map(int fd, void *at, size_t size)
+static int host_map(struct kind *kind, int fd, void *at, size_t size)
 {
+	(void)kind;
 	if (mmap(at, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED)
 		return -errno;
 	if (madvise(at, size, MADV_DONTDUMP) < 0 || madvise(at, size, MADV_DONTFORK) < 0)
@@ -46,36 +53,105 @@ static int host_map(int fd, void *at, size_t size)
 	return 0;
 }
 
-static int host_unmap(void *at, size_t size)
+static int host_unmap(struct kind *kind, void *at, size_t size)
 {
+	(void)kind;
 	if (mmap(at, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
 		return -errno;
 	return 0;
 }
 
-static uint64_t host_physical(int fd)
+/* A new memfd is zeros. */
+static int host_scrub(struct kind *kind, void *at, size_t size)
+{
+	(void)kind;
+	(void)at;
+	(void)size;
+	return 0;
+}
+
+static uint64_t host_physical(struct kind *kind, int fd, size_t size)
 {
 	struct stat st;
 
+	(void)kind;
+	(void)size;
 	return fstat(fd, &st) < 0 ? UINT64_MAX : (uint64_t)st.st_blocks * 512u;
 }
 
 /* Punching makes the bytes unreachable through every mapping; a write through a stale one would bring a page back. */
-static int host_destroy(int fd, size_t size)
+static int host_destroy(struct kind *kind, int fd, size_t size)
 {
-	if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)size) < 0 || host_physical(fd) != 0)
+	if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)size) < 0 ||
+		host_physical(kind, fd, size) != 0)
 		return -EBUSY;
 	(void)close(fd);
 	return 0;
 }
 
-const struct kind_ops kind_host = {
+static struct kvg_cuda *host_device(struct kind *kind)
+{
+	(void)kind;
+	return NULL;
+}
+
+static const struct kind_device *host_about(struct kind *kind)
+{
+	(void)kind;
+	return NULL;
+}
+
+static int host_usage(struct kind *kind, uint64_t *ret_bytes)
+{
+	(void)kind;
+	(void)ret_bytes;
+	return -ENODEV;
+}
+
+static int host_failure_fd(struct kind *kind)
+{
+	(void)kind;
+	return -1;
+}
+
+static const char *host_failure(struct kind *kind, char *text)
+{
+	(void)kind;
+	(void)text;
+	return NULL;
+}
+
+static struct kind *host_free(struct kind *kind)
+{
+	free(kind);
+	return NULL;
+}
+
+static const struct kind_ops host_ops = {
 	.name = "host",
 	.create = host_create,
 	.reserve = host_reserve,
 	.unreserve = host_unreserve,
 	.map = host_map,
 	.unmap = host_unmap,
+	.scrub = host_scrub,
 	.destroy = host_destroy,
 	.physical = host_physical,
+	.device = host_device,
+	.about = host_about,
+	.usage = host_usage,
+	.failure_fd = host_failure_fd,
+	.failure = host_failure,
+	.free = host_free,
 };
+
+int kind_host_new(struct kind **ret)
+{
+	struct kind *kind = malloc(sizeof(*kind));
+
+	if (!kind)
+		return -ENOMEM;
+	*kind = (struct kind){.ops = &host_ops, .granularity = PAGE};
+	*ret = kind;
+	return 0;
+}

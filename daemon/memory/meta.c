@@ -28,13 +28,27 @@ static uint64_t take(uint64_t *offset, uint64_t size)
 	return at;
 }
 
-static void plan_fixed(struct meta_header *header, uint64_t pool_size, uint64_t extent_size)
+/*
+ * Blocks of the largest extent, see arena_extent_size(). One that is larger than the pool's extent size has at most
+ * granularity / gcd runs, where gcd, of the granularity and a unit of 8 blocks of K and V, is at least 512.
+ */
+static uint64_t most_blocks(uint64_t extent_size, uint64_t granularity)
+{
+	uint64_t fitting = extent_size / (2 * META_MIN_STRIDE), rounded = granularity / 512 * KVG_RUN_BLOCKS;
+
+	return fitting > rounded ? fitting : rounded;
+}
+
+static void plan_fixed(struct meta_header *header, uint64_t pool_size, uint64_t extent_size, uint32_t granularity)
 {
 	uint64_t offset = page_up(sizeof(*header));
-	uint64_t blocks = extent_size / (2 * META_MIN_STRIDE);
+	uint64_t blocks = most_blocks(extent_size, granularity);
 
-	*header = (struct meta_header){
-		.magic = META_MAGIC, .version = META_VERSION, .extent_size = extent_size, .pool_size = pool_size};
+	*header = (struct meta_header){.magic = META_MAGIC,
+		.version = META_VERSION,
+		.extent_size = extent_size,
+		.pool_size = pool_size,
+		.granularity = granularity};
 	header->extent_count = (uint32_t)(pool_size / extent_size);
 	header->bitmap_size = (blocks + 63) / 64 * 8;
 	header->places_size = page_up(blocks * KVG_BLOCK_TOKENS * sizeof(struct meta_place));
@@ -46,7 +60,7 @@ static void plan_fixed(struct meta_header *header, uint64_t pool_size, uint64_t 
 	header->fixed_size = offset;
 }
 
-int meta_new(uint64_t pool_size, uint64_t extent_size, struct meta **ret)
+int meta_new(uint64_t pool_size, uint64_t extent_size, uint32_t granularity, struct meta **ret)
 {
 	struct meta *meta = calloc(1, sizeof(*meta));
 	struct meta_header header;
@@ -54,7 +68,7 @@ int meta_new(uint64_t pool_size, uint64_t extent_size, struct meta **ret)
 
 	if (!meta)
 		return -ENOMEM;
-	plan_fixed(&header, pool_size, extent_size);
+	plan_fixed(&header, pool_size, extent_size, granularity);
 	meta->fd = memfd_create("kvgate-meta", MFD_CLOEXEC);
 	if (meta->fd < 0 || ftruncate(meta->fd, (off_t)header.fixed_size) < 0)
 		goto fail;

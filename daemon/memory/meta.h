@@ -43,7 +43,7 @@ struct meta_header {
 	uint32_t version, tenant_count;
 	uint64_t extent_size, pool_size;
 	uint32_t extent_count; /* capacity */
-	uint32_t reserved0;
+	uint32_t granularity;  /* of the memory kind */
 	uint64_t tenants_offset, workers_offset, extents_offset;
 	uint64_t bitmaps_offset, bitmap_size; /* of one extent */
 	uint64_t places_offset, places_size;  /* of one extent */
@@ -167,7 +167,7 @@ struct meta_part {
 };
 
 /* A new metadata memfd. 0 or a negative errno. */
-int meta_new(uint64_t pool_size, uint64_t extent_size, struct meta **ret);
+int meta_new(uint64_t pool_size, uint64_t extent_size, uint32_t granularity, struct meta **ret);
 struct meta *meta_free(struct meta *meta);
 
 /* The bitmap of used blocks (bit id-in-extent) and the places [blocks][KVG_BLOCK_TOKENS] of an extent. */

@@ -23,7 +23,7 @@ static int pool_fill(struct pool *pool, struct loop *loop, uint64_t size)
 	pool->free_count = pool->extent_count;
 	r = loop_timer_new(loop, retry_busy, pool, &pool->timer);
 	if (r >= 0)
-		r = meta_new(size, pool->extent_size, &pool->meta);
+		r = meta_new(size, pool->extent_size, (uint32_t)pool->kind->granularity, &pool->meta);
 	if (r < 0)
 		return r;
 	pool->quota = (struct quota){.name = "pool", .account = &pool->meta->header->pool};
@@ -31,8 +31,8 @@ static int pool_fill(struct pool *pool, struct loop *loop, uint64_t size)
 	return 0;
 }
 
-int pool_new(struct loop *loop, struct executor *executor, const struct kind_ops *kind, uint64_t size,
-	size_t extent_size, struct pool **ret)
+int pool_new(struct loop *loop, struct executor *executor, struct kind *kind, uint64_t size, size_t extent_size,
+	struct pool **ret)
 {
 	struct pool *pool = calloc(1, sizeof(*pool));
 	int r;
@@ -69,6 +69,7 @@ struct pool *pool_free(struct pool *pool)
 
 	if (!pool)
 		return NULL;
+	pool->executor = NULL; /* arenas that go with the last busy extent are closed here and now */
 	while ((node = list_pop(&pool->busy))) {
 		struct extent *extent = list_entry(node, struct extent, node);
 
@@ -171,14 +172,33 @@ static uint8_t *extent_address(const struct extent *extent)
 	return extent->arena->base + (size_t)extent->meta->slot * extent->arena->extent_size;
 }
 
+static int map_new(const struct pool *pool, const struct extent *extent)
+{
+	struct kind *kind = pool->kind;
+	size_t size = extent->arena->extent_size;
+	int r = kind->ops->map(kind, extent->fd, extent_address(extent), size);
+
+	if (r < 0)
+		return r;
+	r = kind->ops->scrub(kind, extent_address(extent), size);
+	if (r < 0)
+		(void)kind->ops->unmap(kind, extent_address(extent), size);
+	return r;
+}
+
 static int create_one(struct pool *pool, struct extent *extent)
 {
-	int r;
+	struct arena *arena = extent->arena;
+	int r = arena_open(arena);
 
-	extent->fd = pool->kind->create(extent->arena->extent_size);
+	if (r >= 0)
+		r = arena_back_pairs(arena, extent->meta->slot);
+	if (r < 0)
+		return r;
+	extent->fd = pool->kind->ops->create(pool->kind, arena->extent_size);
 	if (extent->fd < 0)
 		return extent->fd;
-	r = pool->kind->map(extent->fd, extent_address(extent), extent->arena->extent_size);
+	r = map_new(pool, extent);
 	if (r < 0) {
 		(void)close(extent->fd);
 		extent->fd = -1;
@@ -202,15 +222,16 @@ static void destroy_run(struct job *job)
 {
 	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
 	struct pool *pool = batch->pool;
+	struct kind *kind = pool->kind;
 
 	for (struct list *node = batch->extents.next; node != &batch->extents; node = node->next) {
 		struct extent *extent = list_entry(node, struct extent, node);
 
 		if (extent->fd < 0)
 			continue;
-		(void)pool->kind->unmap(extent_address(extent), extent->arena->extent_size);
+		(void)kind->ops->unmap(kind, extent_address(extent), extent->arena->extent_size);
 		meta_forget_places(pool->meta, extent->index);
-		if (pool->kind->destroy(extent->fd, extent->arena->extent_size) == 0)
+		if (kind->ops->destroy(kind, extent->fd, extent->arena->extent_size) == 0)
 			extent->fd = -1;
 	}
 }

@@ -10,6 +10,8 @@
 #ifndef KVG_POOL_H
 #define KVG_POOL_H
 
+#include <stdatomic.h>
+
 #include "daemon/base/list.h"
 #include "daemon/loop/executor.h"
 #include "daemon/memory/kind.h"
@@ -18,13 +20,20 @@
 
 #define SLOT_NONE UINT32_MAX
 
-/* One address range for each (tenant, layout). Extent slots come and go, addresses stay. */
+struct pool;
+
+/*
+ * One address range for each (tenant, layout). Extent slots come and go, addresses stay. On kinds with a device a
+ * second range has what the device's kernels know of each pair: it is backed with the kind's granularity as slots
+ * come into use for the first time, and stays until the arena goes.
+ */
 struct arena {
 	struct list node; /* in its tenant's list */
 	unsigned refs;
-	const struct kind_ops *kind;
+	struct pool *pool; /* borrowed */
+	struct kind *kind; /* the pool's */
 	struct kvg_layout layout;
-	uint8_t *base;
+	uint8_t *base;      /* NULL until arena_open() */
 	size_t extent_size; /* a multiple of the pool's, see arena_extent_size() */
 	size_t stride;
 	uint32_t slots;
@@ -32,17 +41,40 @@ struct arena {
 	uint32_t blocks_per_extent;
 	uint32_t *extent_of_slot; /* extent index or SLOT_NONE */
 	uint32_t *free_slots, free_count;
+	struct meta_place *pairs;      /* device: [slots][blocks_per_extent][KVG_BLOCK_TOKENS]; NULL without one */
+	size_t pairs_size;             /* of the range */
+	int *pairs_fds;                /* by chunk of the kind's granularity; -1: not backed */
+	_Atomic(uint64_t) pairs_bytes; /* that are backed: overhead, outside of budgets */
+	struct job close_job;
 };
 
 /* Places of K and V of one token: see kvgate_abi.h. */
 size_t arena_stride(const struct kvg_group *group);
 
-/* The least size from the pool's extent size on that holds whole runs of blocks in whole pages. */
-size_t arena_extent_size(size_t pool_extent_size, size_t stride);
-int arena_new(const struct kind_ops *kind, const struct kvg_layout *layout, size_t pool_extent_size, uint32_t slots,
-	struct arena **ret);
+/*
+ * The least size from the pool's extent size on that holds whole runs of blocks and whole pieces of the kind's
+ * granularity.
+ */
+size_t arena_extent_size(size_t pool_extent_size, size_t stride, size_t granularity);
+
+/*
+ * An arena with a slot for each extent of the pool, without addresses yet. 0, -ENOMEM, or -EOVERFLOW (block ids have
+ * 32 bits).
+ */
+int arena_new(struct pool *pool, const struct kvg_layout *layout, struct arena **ret);
 struct arena *arena_ref(struct arena *arena);
-struct arena *arena_unref(struct arena *arena); /* unlinks and frees with the last reference; returns NULL */
+
+/*
+ * Unlinks with the last reference, gives the addresses back on the executor and then frees. NULL is fine; returns
+ * NULL.
+ */
+struct arena *arena_unref(struct arena *arena);
+
+/* Executor: reserves the arena's addresses, once; creating an extent does it too. 0 or -ENOMEM. */
+int arena_open(struct arena *arena);
+
+/* Executor: backs the pairs of a slot of an open arena. 0 or a negative errno; nothing to do on the host kind. */
+int arena_back_pairs(struct arena *arena, uint32_t slot);
 
 struct block_owner;
 
@@ -65,7 +97,7 @@ struct extent {
 struct pool {
 	struct quota quota;
 	struct meta *meta;
-	const struct kind_ops *kind;
+	struct kind *kind; /* borrowed */
 	struct executor *executor;
 	struct loop_timer *timer; /* retries the destruction of busy extents */
 	struct list busy;
@@ -78,9 +110,12 @@ struct pool {
 	unsigned reapers; /* of them, retries of busy extents */
 };
 
-int pool_new(struct loop *loop, struct executor *executor, const struct kind_ops *kind, uint64_t size,
-	size_t extent_size, struct pool **ret);
-struct pool *pool_free(struct pool *pool); /* no batch is under way */
+/* extent_size is a multiple of the kind's granularity; kind and executor are borrowed. */
+int pool_new(struct loop *loop, struct executor *executor, struct kind *kind, uint64_t size, size_t extent_size,
+	struct pool **ret);
+
+/* No batch is under way, and no arena is referred to but by busy extents. The executor may be gone already. */
+struct pool *pool_free(struct pool *pool);
 
 /*
  * Extents that are created or destroyed together. done() runs on the reactor, empties the list

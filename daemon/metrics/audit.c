@@ -206,7 +206,7 @@ static uint32_t skip_hole(const struct walk *walk, const struct meta_worker *wor
 static void see_sequences(struct walk *walk, uint32_t index, struct meta_row *rows, uint32_t *ids)
 {
 	const struct meta_worker *worker = &walk->workers[index];
-	size_t extent_size = arena_extent_size(walk->header->extent_size, worker->stride);
+	size_t extent_size = arena_extent_size(walk->header->extent_size, worker->stride, walk->header->granularity);
 	struct sequence_walk at = {.walk = walk,
 		.worker = index,
 		.ids_per_extent = (uint32_t)(extent_size / worker->stride),
@@ -321,7 +321,7 @@ int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *re
 
 	if (n < 0)
 		return -errno;
-	if (n != sizeof(header) || header.magic != META_MAGIC)
+	if (n != sizeof(header) || header.magic != META_MAGIC || header.granularity == 0)
 		return -EBADMSG;
 	base = mmap(NULL, header.fixed_size, PROT_READ, MAP_SHARED | MAP_NORESERVE, meta_fd, 0);
 	if (base == MAP_FAILED)

@@ -8,6 +8,7 @@
 #include <stdio.h>
 
 #include "daemon/sequence/admission.h"
+#include "daemon/sequence/compute.h"
 #include "daemon/sequence/promise.h"
 
 static void begin(struct request *request);
@@ -136,15 +137,11 @@ static void end(struct request *request)
 	promise_update(sequence);
 	sequence_publish(sequence);
 	report(request, request->evict->dropped);
-	over(request);
+	request->publish = (struct publish){.held = true, .lengths = true};
+	compute_publish(request, over);
 }
 
 /* ---- the steps ---- */
-
-static void move_run(struct job *job)
-{
-	evict_move(list_entry(job, struct request, job)->sequence);
-}
 
 static void move_done(struct job *job)
 {
@@ -152,15 +149,16 @@ static void move_done(struct job *job)
 
 	if (space_job_ended(request->space))
 		return;
-	evict_publish(request->sequence);
+	evict_publish(request->sequence, request->evict);
 	step(request);
 }
 
-static void take_step(struct request *request, uint64_t need, bool anywhere)
+static void take_step(struct request *request, bool anywhere)
 {
 	struct sequence *sequence = request->sequence;
 	struct space *space = request->space;
 	struct evict *evict = request->evict;
+	uint64_t need = evict->step_blocks;
 	uint32_t *ids = malloc((need + 1) * sizeof(uint32_t));
 
 	if (!ids)
@@ -169,51 +167,45 @@ static void take_step(struct request *request, uint64_t need, bool anywhere)
 		blocks_take_anywhere(&space->blocks, &sequence->owner, need, ids);
 	else
 		blocks_take(&space->blocks, &sequence->owner, META_HELD, need, evict->new_blocks - need, ids);
-	evict->new_blocks -= need;
 	evict_plan(sequence, evict, ids);
 	free(ids);
-	space_submit_job(request, move_run, move_done);
+	compute_submit(request, space->compute->move, move_done);
 }
 
 static void step(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
 	struct evict *evict = request->evict;
-	uint64_t need;
 	uint32_t missing;
 	bool anywhere;
 
-	if (!evict_has_step(sequence, evict)) {
+	if (!evict_choose_step(sequence, evict)) {
 		if (evict_plan_relocation(sequence))
-			space_submit_job(request, move_run, move_done);
+			compute_submit(request, request->space->compute->move, move_done);
 		else
 			end(request);
 		return;
 	}
-	need = evict_step_blocks(sequence, evict);
-	missing = blocks_missing(&request->space->blocks, &sequence->owner, META_HELD, need, evict->new_blocks - need);
+	missing = blocks_missing(&request->space->blocks, &sequence->owner, META_HELD, evict->step_blocks,
+		evict->new_blocks - evict->step_blocks);
 	anywhere = missing > 0;
 	if (missing && request->grow_status >= 0 && space_try_grow(request, missing, "the eviction", step) >= 0)
 		return;
 	request->grow_status = 0;
-	take_step(request, need, anywhere);
+	take_step(request, anywhere);
 }
 
 /* ---- SELECT, ROOM, MARK ---- */
 
-static void mark_run(struct job *job)
-{
-	struct request *request = list_entry(job, struct request, job);
-
-	evict_mark(request->sequence, request->evict);
-}
-
 static void mark_done(struct job *job)
 {
 	struct request *request = list_entry(job, struct request, job);
+	struct space *space = request->space;
 
-	if (space_job_ended(request->space))
+	if (space_job_ended(space))
 		return;
+	for (uint32_t row = 0; row < space->rows; row++)
+		meta_rows(&space->part, request->sequence->slot)[row].held_len = request->evict->held[row];
 	set_phase(request->sequence->meta, META_PHASE_MOVING);
 	step(request);
 }
@@ -237,15 +229,8 @@ static void room(struct request *request)
 		space->evict_reserve = need;
 		request->sequence->meta->next_prune_start = request->evict->context_end;
 		set_phase(request->sequence->meta, META_PHASE_MARKING);
-		space_submit_job(request, mark_run, mark_done);
+		compute_submit(request, space->compute->mark, mark_done);
 	}
-}
-
-static void select_run(struct job *job)
-{
-	struct request *request = list_entry(job, struct request, job);
-
-	request->cqe.status = evict_select(request->sequence, request->evict);
 }
 
 static void select_done(struct job *job)
@@ -254,10 +239,10 @@ static void select_done(struct job *job)
 
 	if (space_job_ended(request->space))
 		return;
-	if (request->cqe.status < 0) {
+	if (request->job_status < 0) {
 		(void)snprintf(request->text, sizeof(request->text), "sequence %#" PRIx64 ": eviction: %s",
-			request->sqe.seq, strerror(-request->cqe.status));
-		over(request);
+			request->sqe.seq, strerror(-request->job_status));
+		over_failed(request, request->job_status);
 	} else if (request->evict->dropped == 0) {
 		request->sequence->meta->prune_start = request->evict->context_end;
 		report(request, 0);
@@ -271,7 +256,7 @@ static void begin(struct request *request)
 {
 	request->space->evicting = request;
 	request->grow_status = 0;
-	space_submit_job(request, select_run, select_done);
+	compute_submit(request, request->space->compute->select, select_done);
 }
 
 /* ---- what an eviction means for a sequence ---- */

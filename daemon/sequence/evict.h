@@ -4,12 +4,16 @@
  *   SELECT (executor)  scores -> which pairs stay
  *   ROOM   (reactor)   makes sure that the moves have spare blocks, or refuses; nothing has changed so far
  *   MARK   (executor)  dropped pairs are marked in their places: from here on it only goes forward
- *   then stripe by stripe, oldest first, and once more for holes that are left in held blocks:
- *     PLAN    (reactor)  survivors get places: holes of held blocks first, then new held blocks; the redo record
- *     MOVE    (executor) copies K, V and places
- *     PUBLISH (reactor) rows take the new blocks, the stripe's runs are free
+ *   then stripe by stripe, oldest first, as many at a time as free blocks allow, and once more for holes that are
+ *   left in held blocks:
+ *     PLAN    (reactor)  survivors get places: holes of held blocks first, then new held blocks
+ *     MOVE    (executor) the redo record, then copies of K, V and places
+ *     PUBLISH (reactor)  rows take the new blocks, the stripes' runs are free
  *   then RELOCATE steps of the same form, when whole extents can be emptied
  *   END    (reactor)   fold: everything that is left is held, the nursery is empty
+ *
+ * What runs on the executor is the kind's (compute.h); what runs on the reactor only counts, so it is the same for
+ * each.
  *
  * Room: moving stripe by stripe needs at most 9 blocks a row beyond what earlier stripes freed
  * (8 for the stripe, 1 for the row's partial block). ROOM secures them, and while the eviction runs
@@ -24,40 +28,57 @@
 
 #define EVICT_ROOM_BLOCKS 9u /* blocks a row */
 
+#define EVICT_DECODE_FIRST  4u   /* policy.decode_first, where it is 0 */
+#define EVICT_DECODE_WINDOW 128u /* policy.decode_window, where it is 0 */
+
+/* What a step does in one row. Indices count the row's pairs as they were when the eviction began. */
+struct evict_step {
+	uint32_t count;      /* survivors of the step's stripes, which come after the `source` first ones of the row */
+	uint32_t source;     /* survivors moved by earlier steps */
+	uint32_t hole_count; /* of them go to holes, after the `hole` first ones */
+	uint32_t hole;       /* holes filled by earlier steps */
+	uint32_t tail;       /* where the others go, in the row's held blocks; compaction: the row's held length */
+};
+
 struct evict {
 	bool decode;
-	uint32_t begin, end;     /* positions that may go (prefill) */
-	uint32_t context_end;    /* what prune_start becomes */
-	double ratio;            /* r' */
-	uint32_t window;         /* ONCE: newest positions before `end` that count as the maximum */
-	uint32_t candidates;     /* of each row (prefill) */
-	uint32_t stripes;        /* that have committed tokens in some row */
-	uint64_t total, dropped; /* pairs */
-	uint64_t new_blocks;     /* held blocks that the moves will need, less those taken */
-	float *scores;           /* of the candidates */
-	uint8_t *keep;
-	size_t *offset;              /* CSR, [rows + 1] */
-	uint32_t *rank_skip;         /* [end - begin]: protected positions before each, NULL without any */
-	uint32_t *kept;              /* [rows]: pairs that stay */
-	uint32_t *holes, *cursor;    /* [rows]: dropped places in held blocks, where to look for the next */
-	uint32_t *fresh;             /* [rows]: pairs in nursery runs */
-	struct kvg_place *src, *dst; /* room for one row's moves */
-	uint32_t compact_row;        /* next row of the last step */
+	uint32_t begin, end;            /* positions that may go (prefill) */
+	uint32_t context_end;           /* what prune_start becomes */
+	double ratio;                   /* r' */
+	uint32_t window;                /* ONCE: newest positions before `end` that count as the maximum */
+	uint32_t candidates;            /* of each row (prefill) */
+	uint32_t stripes;               /* that have committed tokens in some row */
+	uint64_t total, dropped;        /* pairs */
+	uint64_t new_blocks;            /* held blocks that the moves will need, less those taken */
+	uint32_t *length, *held;        /* [rows]: pairs, and those of them in held blocks */
+	uint32_t *kept;                 /* [rows]: pairs that stay */
+	uint32_t *holes;                /* [rows]: dropped places in held blocks that nothing fills yet */
+	uint32_t *stripe_kept;          /* [rows][stripes]: survivors in each stripe */
+	struct evict_step *steps;       /* [rows]: the step under way, and how far earlier ones went */
+	bool compacting;                /* the step closes holes in rows compact_row to compact_end - 1 */
+	uint32_t step_first, step_last; /* or moves the survivors of these stripes */
+	uint64_t step_blocks;           /* held blocks that it takes */
+	uint32_t compact_row, compact_end;
+	struct evict_host *host; /* what the host kind works with */
 };
 
 struct evict *evict_free(struct evict *evict);
 
-/* SELECT and MARK, on the executor. */
-int evict_select(const struct sequence *sequence, struct evict *evict);
-void evict_mark(const struct sequence *sequence, struct evict *evict);
+/* Candidates of each row of a prefill eviction, and the rows' lengths and stripes. The rest is zero. 0 or -ENOMEM. */
+int evict_survey(const struct sequence *sequence, struct evict *evict);
 
-/* Whether there is a step left to plan. */
-bool evict_has_step(const struct sequence *sequence, const struct evict *evict);
+/* Whether a position is kept whatever its score. */
+bool evict_is_protected(const struct meta_seq *meta, uint32_t pos);
 
-/* Held blocks that the next step takes. */
-uint64_t evict_step_blocks(const struct sequence *sequence, const struct evict *evict);
+/* From kept[] and length[]: pairs in all, dropped ones, and the held blocks that the moves will need. */
+void evict_count(const struct sequence *sequence, struct evict *evict);
 
-/* PLAN: fills the redo record. ids: the blocks that evict_step_blocks() asked for, already taken. */
+/* ---- evict_plan.c, on the reactor ---- */
+
+/* Chooses the next step; false when none is left. Rows have holes[] and stripe_kept[] by now. */
+bool evict_choose_step(const struct sequence *sequence, struct evict *evict);
+
+/* PLAN. ids: step_blocks of them, already taken. */
 void evict_plan(struct sequence *sequence, struct evict *evict, const uint32_t *ids);
 
 /*
@@ -66,8 +87,14 @@ void evict_plan(struct sequence *sequence, struct evict *evict, const uint32_t *
  */
 bool evict_plan_relocation(struct sequence *sequence);
 
-/* MOVE, on the executor, and PUBLISH. */
-void evict_move(const struct sequence *sequence);
-void evict_publish(struct sequence *sequence);
+/* PUBLISH. */
+void evict_publish(struct sequence *sequence, struct evict *evict);
+
+/* ---- evict_select.c and evict_move.c: SELECT, MARK and MOVE of the host kind, on the executor ---- */
+
+int evict_select(const struct sequence *sequence, struct evict *evict);
+void evict_mark(const struct sequence *sequence, struct evict *evict);
+void evict_move(const struct sequence *sequence, struct evict *evict);
+struct evict_host *evict_host_free(struct evict_host *host);
 
 #endif

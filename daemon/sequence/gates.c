@@ -8,7 +8,12 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "daemon/memory/kind.h"
 #include "proto/gate_file.h"
+
+#ifdef KVG_HAS_CUDA
+#include "daemon/sequence/cuda.h"
+#endif
 
 #define HEADER_PER_LAYER 16384u
 #define HEADER_BASE      65536u
@@ -71,9 +76,9 @@ static int check_shape(
 	return -EINVAL;
 }
 
-static int make_gate(const struct kvg_gate_tensors *t, struct kvg_gate **ret)
+static struct kvg_gate_weights weights_of(const struct kvg_gate_tensors *t)
 {
-	struct kvg_gate_weights weights = {.heads = t->shape.heads,
+	return (struct kvg_gate_weights){.heads = t->shape.heads,
 		.group = t->shape.group,
 		.hidden = t->shape.hidden,
 		.width = t->shape.width,
@@ -85,15 +90,12 @@ static int make_gate(const struct kvg_gate_tensors *t, struct kvg_gate **ret)
 		.q_norm = t->q_norm,
 		.k_norm = t->k_norm,
 		.k_base = t->k_base};
-
-	return kvg_gate_new(&weights, ret);
 }
 
-static int load_layer(const struct kvg_safetensors *file, uint32_t layer, const struct kvg_layout *layout,
-	struct kvg_gate **ret, char *text, size_t size)
+static int read_layer(const struct kvg_safetensors *file, uint32_t layer, const struct kvg_layout *layout,
+	struct kvg_gate_tensors *ret, char *text, size_t size)
 {
 	struct kvg_gate_shape shape;
-	struct kvg_gate_tensors t;
 	char prefix[32];
 	int r;
 
@@ -101,31 +103,121 @@ static int load_layer(const struct kvg_safetensors *file, uint32_t layer, const 
 	r = kvg_gate_shape_read(file, prefix, &shape, text, size);
 	if (r >= 0)
 		r = check_shape(layer, &shape, layout, text, size);
-	if (r >= 0)
-		r = kvg_gate_tensors_read(file, prefix, &t, text, size);
-	if (r < 0)
-		return r;
-	r = make_gate(&t, ret);
-	if (r < 0)
-		(void)snprintf(text, size, "gate: layer %u: %s", layer, strerror(-r));
-	kvg_gate_tensors_deinit(&t);
+	return r < 0 ? r : kvg_gate_tensors_read(file, prefix, ret, text, size);
+}
+
+static int load_on_host(const struct kvg_safetensors *file, const struct kvg_layout *layout, struct gate_set *set,
+	char *text, size_t size)
+{
+	int r = 0;
+
+	for (uint32_t i = 0; r >= 0 && i < set->layers; i++) {
+		struct kvg_gate_weights weights;
+		struct kvg_gate_tensors t;
+
+		r = read_layer(file, i, layout, &t, text, size);
+		if (r < 0)
+			return r;
+		weights = weights_of(&t);
+		set->width = weights.width;
+		r = kvg_gate_new(&weights, &set->gates[i]);
+		if (r < 0)
+			(void)snprintf(text, size, "gate: layer %u: %s", i, strerror(-r));
+		else
+			set->folded += kvg_gate_folded(set->gates[i]) != 0;
+		kvg_gate_tensors_deinit(&t);
+	}
 	return r;
 }
 
-static int load_layers(const struct kvg_safetensors *file, const struct kvg_layout *layout, struct gate_set *set,
-	char *text, size_t size)
-{
-	for (uint32_t i = 0; i < set->layers; i++) {
-		int r = load_layer(file, i, layout, &set->gates[i], text, size);
+#ifdef KVG_HAS_CUDA
 
-		if (r < 0)
-			return r;
-		set->folded += kvg_gate_folded(set->gates[i]) != 0;
+static int make_on_device(
+	struct kind *kind, const struct kvg_gate_weights *weights, struct gate_set *set, char *text, size_t size)
+{
+	const struct cuda_kernels *kernels = cuda_kernels(kind);
+	CUresult result = kernels ? kvg_cuda_enter(kernels->cuda) : CUDA_ERROR_NOT_INITIALIZED;
+
+	if (result == CUDA_SUCCESS)
+		set->device = kvg_cuda_gate_new(kernels->gate, weights, set->layers, &result);
+	if (result == CUDA_SUCCESS) {
+		for (uint32_t i = 0; i < set->layers; i++)
+			set->folded += kvg_cuda_gate_folded(set->device, i);
+		return 0;
 	}
-	return 0;
+	if (result == CUDA_ERROR_NOT_SUPPORTED) {
+		(void)snprintf(text, size, "gate: width %u, group %u, hidden %u: the kind cuda has no kernel for these",
+			weights->width, weights->group, weights->hidden);
+		return -EOPNOTSUPP;
+	}
+	kind_cuda_check(kind, result, "loading a gate");
+	(void)snprintf(text, size, "gate: its weights cannot be put on the device: error %d", (int)result);
+	return kvg_cuda_errno(result);
 }
 
-int gate_set_load(int fd, const struct kvg_layout *layout, struct gate_set **ret, char *text, size_t size)
+/* The device's gate is made of all layers at once. */
+static int load_on_device(const struct kvg_safetensors *file, const struct kvg_layout *layout, struct kind *kind,
+	struct gate_set *set, char *text, size_t size)
+{
+	struct kvg_gate_tensors *t = calloc(set->layers, sizeof(*t));
+	struct kvg_gate_weights *weights = calloc(set->layers, sizeof(*weights));
+	uint32_t count = 0;
+	int r = t && weights ? 0 : -ENOMEM;
+
+	if (r < 0)
+		(void)snprintf(text, size, "gate: out of memory");
+	for (; r >= 0 && count < set->layers; count++) {
+		r = read_layer(file, count, layout, &t[count], text, size);
+		if (r < 0)
+			break;
+		weights[count] = weights_of(&t[count]);
+		set->width = weights[count].width;
+	}
+	if (r >= 0)
+		r = make_on_device(kind, weights, set, text, size);
+	for (uint32_t i = 0; i < count; i++)
+		kvg_gate_tensors_deinit(&t[i]);
+	free(t);
+	free(weights);
+	return r;
+}
+
+void gate_set_close(struct gate_set *set)
+{
+	if (set)
+		set->device = kvg_cuda_gate_free(set->device);
+}
+
+#else
+
+static int load_on_device(const struct kvg_safetensors *file, const struct kvg_layout *layout, struct kind *kind,
+	struct gate_set *set, char *text, size_t size)
+{
+	(void)file;
+	(void)layout;
+	(void)kind;
+	(void)set;
+	(void)snprintf(text, size, "gate: this daemon was built without the kind cuda");
+	return -EOPNOTSUPP;
+}
+
+void gate_set_close(struct gate_set *set)
+{
+	(void)set;
+}
+
+#endif
+
+static int load_layers(const struct kvg_safetensors *file, const struct kvg_layout *layout, struct kind *kind,
+	struct gate_set *set, char *text, size_t size)
+{
+	if (kind->ops->device(kind))
+		return load_on_device(file, layout, kind, set, text, size);
+	return load_on_host(file, layout, set, text, size);
+}
+
+int gate_set_load(
+	int fd, const struct kvg_layout *layout, struct kind *kind, struct gate_set **ret, char *text, size_t size)
 {
 	struct kvg_safetensors *file;
 	struct gate_set *set;
@@ -148,12 +240,14 @@ int gate_set_load(int fd, const struct kvg_layout *layout, struct gate_set **ret
 		r = -ENOMEM;
 	} else {
 		set->layers = layers;
-		r = load_layers(file, layout, set, text, size);
+		r = load_layers(file, layout, kind, set, text, size);
 	}
 	(void)kvg_safetensors_free(file);
-	if (r < 0)
+	if (r < 0) {
+		gate_set_close(set);
 		(void)gate_set_free(set);
-	else
+	} else {
 		*ret = set;
+	}
 	return r;
 }

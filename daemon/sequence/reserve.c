@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "daemon/sequence/admission.h"
+#include "daemon/sequence/compute.h"
 #include "daemon/sequence/promise.h"
 #include "daemon/sequence/space.h"
 
@@ -62,6 +63,10 @@ void op_create(struct request *request)
 		promise_update(request->sequence);
 		request->cqe.value[0] = request->sequence->slot;
 		request->cqe.value[1] = request->sequence->right * space->arena->extent_size;
+		request->sequence->busy = true;
+		request->publish = (struct publish){.lengths = true};
+		compute_publish(request, request_finish);
+		return;
 	}
 	request->cqe.status = r;
 	request_finish(request);
@@ -128,7 +133,10 @@ static void reserved(struct request *request)
 	promise_update(sequence);
 	sequence_publish(sequence);
 	request->cqe.value[0] = meta->reserved_pos;
-	request_finish(request);
+	if (request->publish.stripe_end > request->publish.stripe_begin)
+		compute_publish(request, request_finish);
+	else
+		request_finish(request);
 }
 
 static void reserve_step(struct request *request)
@@ -156,6 +164,7 @@ static void reserve_step(struct request *request)
 		request_finish(request);
 		return;
 	}
+	request->publish = (struct publish){.stripe_begin = meta->stripes, .stripe_end = meta->stripes + stripes};
 	for (uint32_t i = 0; i < stripes; i++)
 		add_stripe(sequence, (uint64_t)(stripes - i - 1) * sequence->space->rows, missing > 0);
 	reserved(request);

@@ -1,13 +1,12 @@
-/* Staged rows become scores in the places of their pairs. */
+/* The host kind's scores. */
 #include <errno.h>
 #include <float.h>
-#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "daemon/sequence/gates.h"
-#include "daemon/sequence/space.h"
+#include "daemon/sequence/score.h"
 
 #define TILE_ROWS  256u
 #define SLICE_ROWS 1024u
@@ -42,10 +41,11 @@ static void store_scores(
 
 static const uint8_t *staged(const struct request *request, uint32_t layer, uint32_t row, size_t row_bytes)
 {
-	const struct space *space = request->space;
-	size_t index = (size_t)(layer - request->sqe.stage.layer_begin) * request->sqe.stage.rows + row;
+	uint64_t layers = layer - request->sqe.stage.layer_begin, stride = request->sqe.stage.layer_stride;
 
-	return space->staging + request->sqe.stage.offset + index * row_bytes;
+	if (!stride)
+		stride = request->sqe.stage.rows * row_bytes;
+	return request->space->staging + request->sqe.stage.offset + layers * stride + row * row_bytes;
 }
 
 /* Scratch of the gate and scores of a tile, for one slice. */
@@ -84,19 +84,19 @@ static void score_tile(const struct request *request, const struct tile *tile, u
 	store_scores(request->sequence, layer, request->sqe.stage.pos + row, rows, scores);
 }
 
-static bool is_complete(const struct request *request)
+bool score_is_complete(const struct request *request)
 {
 	return request->layer == request->sqe.stage.layer_begin + request->sqe.stage.layer_count;
 }
 
-/* A slice of the rows, so that the jobs of others get their turn. */
-static void stage_run(struct job *job)
+int score_slice(struct request *request)
 {
-	struct request *request = list_entry(job, struct request, job);
 	struct tile tile;
+	int r = tile_init(&tile, request);
 
-	request->cqe.status = tile_init(&tile, request);
-	for (uint32_t done = 0; request->cqe.status == 0 && done < SLICE_ROWS && !is_complete(request);) {
+	if (r < 0)
+		return r;
+	for (uint32_t done = 0; done < SLICE_ROWS && !score_is_complete(request);) {
 		uint32_t left = request->sqe.stage.rows - request->row, n = left < TILE_ROWS ? left : TILE_ROWS;
 
 		score_tile(request, &tile, n);
@@ -108,87 +108,5 @@ static void stage_run(struct job *job)
 		}
 	}
 	free(tile.scratch);
-}
-
-static void stage_done(struct job *job)
-{
-	struct request *request = list_entry(job, struct request, job);
-	struct space *space = request->space;
-	uint32_t *scored = space->part.scored + (size_t)request->sequence->slot * space->part.worker->layers;
-	uint32_t end = request->sqe.stage.pos + request->sqe.stage.rows;
-
-	if (space_job_ended(space))
-		return;
-	if (request->cqe.status < 0) {
-		request_fail(request, request->cqe.status, "sequence %#" PRIx64 ": scoring: %s", request->sqe.seq,
-			strerror(-request->cqe.status));
-		return;
-	}
-	if (!is_complete(request)) {
-		space_submit_job(request, stage_run, stage_done);
-		return;
-	}
-	for (uint32_t i = 0; i < request->sqe.stage.layer_count; i++)
-		if (scored[request->sqe.stage.layer_begin + i] < end)
-			scored[request->sqe.stage.layer_begin + i] = end;
-	request_finish(request);
-}
-
-static bool check_area(struct request *request)
-{
-	const struct space *space = request->space;
-	const struct meta_worker *worker = space->part.worker;
-	bool hidden = request->sqe.stage.kind == KVG_STAGE_HIDDEN;
-	uint64_t row_bytes = hidden ? worker->layout.hidden_dim * sizeof(uint16_t) : worker->heads * sizeof(float);
-	uint64_t bytes = row_bytes * request->sqe.stage.rows * request->sqe.stage.layer_count;
-	uint64_t offset = request->sqe.stage.offset;
-
-	if (request->sqe.stage.kind != KVG_STAGE_HIDDEN && request->sqe.stage.kind != KVG_STAGE_SCORE)
-		request_fail(request, -EOPNOTSUPP, "stage: kind %u, this daemon takes HIDDEN (1) and SCORE (3)",
-			request->sqe.stage.kind);
-	else if (offset % 4 || offset > space->staging_size || bytes > space->staging_size - offset)
-		request_fail(request, -EINVAL, "stage: %" PRIu64 " bytes at %" PRIu64 ", the staging area has %" PRIu64,
-			bytes, offset, space->staging_size);
-	else if (hidden && !space->gates)
-		request_fail(request, -ENOKEY, "stage: hidden states, but no gate is loaded");
-	else
-		return true;
-	return false;
-}
-
-static bool check_rows(struct request *request)
-{
-	const struct space *space = request->space;
-	const struct meta_seq *meta = request->sequence->meta;
-	uint32_t layers = space->part.worker->layers, begin = request->sqe.stage.layer_begin;
-	uint32_t count = request->sqe.stage.layer_count, pos = request->sqe.stage.pos, rows = request->sqe.stage.rows;
-	const uint32_t *scored = space->part.scored + (size_t)request->sequence->slot * layers;
-
-	if (!count || begin >= layers || count > layers - begin) {
-		request_fail(request, -EINVAL, "stage: layers %u + %u, the layout has %u", begin, count, layers);
-		return false;
-	}
-	if (!rows || pos < meta->fold_pos || pos > meta->reserved_pos || rows > meta->reserved_pos - pos) {
-		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": stage %u rows from %u, possible are %u to %u",
-			request->sqe.seq, rows, pos, meta->fold_pos, meta->reserved_pos);
-		return false;
-	}
-	for (uint32_t i = begin; i < begin + count; i++) {
-		if (pos > scored[i]) {
-			request_fail(request, -EINVAL,
-				"sequence %#" PRIx64 ": stage from %u, but layer %u is scored to %u only",
-				request->sqe.seq, pos, i, scored[i]);
-			return false;
-		}
-	}
-	return true;
-}
-
-void op_stage(struct request *request)
-{
-	if (!check_area(request) || !check_rows(request))
-		return;
-	request->layer = request->sqe.stage.layer_begin;
-	request->row = 0;
-	space_submit_job(request, stage_run, stage_done);
+	return 0;
 }

@@ -7,10 +7,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/sequence/compute.h"
 #include "daemon/sequence/evict.h"
 #include "daemon/sequence/gates.h"
 #include "daemon/sequence/layout.h"
 #include "daemon/sequence/promise.h"
+
+#define WAIT_NS 10000000000u
 
 static int space_fill(struct space *space, const struct kvg_layout *layout, uint64_t worker_id)
 {
@@ -36,6 +39,16 @@ static int space_fill(struct space *space, const struct kvg_layout *layout, uint
 	return table_init(&space->table, layout, row_cap);
 }
 
+static const struct compute_ops *choose_compute(struct kind *kind)
+{
+#ifdef KVG_HAS_CUDA
+	if (kind->ops->device(kind))
+		return &compute_cuda;
+#endif
+	(void)kind;
+	return &compute_host;
+}
+
 int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t worker_id, const struct space_ops *ops,
 	void *user, struct space **ret, char *text)
 {
@@ -53,6 +66,8 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	space->user = user;
 	space->rows = layout->groups[0].layers * layout->groups[0].head_count;
 	space->table = (struct table){.fd = -1, .reader_fd = -1};
+	space->device = (struct space_device){.table_fd = -1, .staging_fd = -1};
+	space->compute = choose_compute(space->pool->kind);
 	list_init(&space->dropped);
 	list_init(&space->evict_queue);
 	block_space_init(&space->blocks, space->pool, NULL);
@@ -65,6 +80,21 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	}
 	*ret = space;
 	return 0;
+}
+
+int space_open(struct space *space, const struct space_memory *memory, char *text)
+{
+	int r = arena_open(space->arena);
+
+	if (r < 0) {
+		(void)snprintf(text, KVG_TEXT_SIZE, "layout: %u extents of %zu bytes: no addresses for them: %s",
+			space->arena->slots, space->arena->extent_size, strerror(-r));
+		return r;
+	}
+	space->staging = memory->staging + memory->rows_offset;
+	space->staging_size = memory->staging_size - memory->rows_offset;
+	space->wait_ns = memory->wait_ns ? memory->wait_ns : WAIT_NS;
+	return space->compute->open(space, memory, text);
 }
 
 struct space *space_free(struct space *space)
@@ -106,13 +136,30 @@ static void release_batch(struct space *space, struct extent_batch *batch)
 	}
 }
 
+static void close_run(struct job *job)
+{
+	struct space *space = list_entry(job, struct space, close_job);
+
+	imports_close(&space->imports, space->pool->kind->ops->device(space->pool->kind));
+	if (space->compute->close)
+		space->compute->close(space);
+}
+
+static void close_done(struct job *job)
+{
+	struct space *space = list_entry(job, struct space, close_job);
+
+	space->ops->closed(space->user);
+}
+
 static void all_returned(struct extent_batch *batch)
 {
 	struct space *space = batch->user;
 
 	release_batch(space, batch);
 	(void)extent_batch_free(batch);
-	space->ops->closed(space->user);
+	space->close_job = (struct job){.run = close_run, .done = close_done};
+	executor_submit(space->pool->executor, &space->close_job);
 }
 
 static void move_all(struct list *from, struct list *to)
@@ -177,10 +224,11 @@ bool space_job_ended(struct space *space)
 	return true;
 }
 
-void space_submit_job(struct request *request, void (*run)(struct job *), void (*done)(struct job *))
+void space_submit_job(
+	struct request *request, void (*run)(struct job *), bool (*poll)(struct job *), void (*done)(struct job *))
 {
 	request->space->jobs++;
-	request->job = (struct job){.run = run, .done = done};
+	request->job = (struct job){.run = run, .poll = poll, .done = done};
 	executor_submit(request->space->pool->executor, &request->job);
 }
 
@@ -188,12 +236,33 @@ void space_submit_job(struct request *request, void (*run)(struct job *), void (
 
 static void run(struct request *request);
 
+/* Whatever became of the entry: nobody waits for ever. The stream may have done it already. */
+static void signal_slot(const struct space *space, const struct kvg_sqe *sqe)
+{
+	uint32_t slot = (uint32_t)sqe->seq;
+
+	if (!space->sync || !sqe->signal_value || slot >= space->part.worker->max_sequences)
+		return;
+	if (__atomic_load_n(&space->sync->slots[slot], __ATOMIC_RELAXED) < sqe->signal_value)
+		__atomic_store_n(&space->sync->slots[slot], sqe->signal_value, __ATOMIC_RELEASE);
+}
+
+static void unuse(struct import **import)
+{
+	if (*import)
+		import_unuse(*import);
+	*import = NULL;
+}
+
 void request_finish(struct request *request)
 {
 	struct space *space = request->space;
 	struct sequence *sequence = request->sequence;
 	struct request *next = NULL;
 
+	signal_slot(space, &request->sqe);
+	unuse(&request->event);
+	unuse(&request->buffer);
 	if (sequence) {
 		request->cqe.seq = sequence_handle(sequence);
 		request->cqe.generation = sequence->meta->generation;
@@ -270,7 +339,7 @@ static void op_unmapped(struct request *request)
 	extent_batch_destroy(batch);
 }
 
-static void run(struct request *request)
+static void dispatch(struct request *request)
 {
 	static void (*const ops[])(struct request *) = {
 		[KVG_OP_RESERVE] = op_reserve,
@@ -282,6 +351,22 @@ static void run(struct request *request)
 		[KVG_OP_PROTECT] = op_protect,
 		[KVG_OP_QUERY] = op_query,
 	};
+	ops[request->sqe.op](request);
+}
+
+static void waited(struct request *request)
+{
+	if (request->job_status < 0)
+		request_fail(request, request->job_status,
+			"sequence %#" PRIx64 ": waiting for value %" PRIu64 " of the worker's stream and event %u: %s",
+			request->sqe.seq, request->sqe.wait_value, request->sqe.wait_event,
+			request->job_status == -ETIME ? "the deadline has passed" : strerror(-request->job_status));
+	else
+		dispatch(request);
+}
+
+static void run(struct request *request)
+{
 	const struct kvg_sqe *sqe = &request->sqe;
 	struct sequence *sequence = find_sequence(request->space, sqe->seq);
 	bool versioned = sqe->op == KVG_OP_COMMIT || sqe->op == KVG_OP_STAGE || sqe->op == KVG_OP_EVICT ||
@@ -293,11 +378,26 @@ static void run(struct request *request)
 	}
 	request->sequence = sequence;
 	sequence->busy = true;
-	if (versioned && sqe->generation != sequence->meta->generation)
+	request->event = sqe->wait_event ? imports_find(&request->space->imports, sqe->wait_event, IMPORT_EVENT) : NULL;
+	if (request->event)
+		import_use(request->event);
+	if (sqe->wait_event && !request->event)
+		request_fail(request, -ENOENT, "sequence %#" PRIx64 ": there is no event %u to wait for", sqe->seq,
+			sqe->wait_event);
+	else if (versioned && sqe->generation != sequence->meta->generation)
 		request_fail(request, -ESTALE, "sequence %#" PRIx64 ": generation %u, it is at %u", sqe->seq,
 			sqe->generation, sequence->meta->generation);
+	else if (compute_must_wait(request))
+		compute_wait(request, waited);
 	else
-		ops[sqe->op](request);
+		dispatch(request);
+}
+
+static bool is_known(const struct space *space, const struct kvg_sqe *sqe)
+{
+	bool timeline = sqe->wait_value || sqe->signal_value || sqe->wait_event;
+
+	return sqe->op <= KVG_OP_QUERY && !sqe->flags && !sqe->reserved0 && !sqe->layout && (!timeline || space->sync);
 }
 
 void space_submit(struct space *space, struct request *request)
@@ -307,9 +407,10 @@ void space_submit(struct space *space, struct request *request)
 
 	request->space = space;
 	request->sequence = NULL;
-	if (sqe->op > KVG_OP_QUERY || sqe->flags || sqe->reserved0 || sqe->reserved1 || sqe->layout) {
-		request_fail(request, -EINVAL, "entry: operation %u, flags %#x, layout %u: not known here", sqe->op,
-			sqe->flags, sqe->layout);
+	if (!is_known(space, sqe)) {
+		request_fail(request, -EINVAL, "entry: operation %u, flags %#x, layout %u, timeline %s: not known here",
+			sqe->op, sqe->flags, sqe->layout,
+			sqe->wait_value || sqe->signal_value || sqe->wait_event ? "used" : "unused");
 		return;
 	}
 	if (sqe->op == KVG_OP_NOP || sqe->op == KVG_OP_CREATE || sqe->op == KVG_OP_UNMAPPED) {

@@ -17,12 +17,15 @@
 #include <stdatomic.h>
 
 #include "daemon/memory/blocks.h"
+#include "daemon/sequence/imports.h"
 #include "daemon/sequence/table.h"
 #include "daemon/tenant/tenant.h"
 
 struct gate_set;
 struct space;
 struct evict;
+struct compute_ops;
+struct compute_device;
 
 struct sequence {
 	struct space *space;
@@ -35,6 +38,12 @@ struct sequence {
 	struct list queue; /* requests that wait */
 };
 
+/* Which entries of a sequence's rows have changed in the table since the worker's kernels last read them. */
+struct publish {
+	bool held, lengths;                /* ids of all held blocks; base_len */
+	uint32_t stripe_begin, stripe_end; /* ids of the nursery's runs */
+};
+
 struct request {
 	struct list node; /* in a queue, or its owner's */
 	struct kvg_sqe sqe;
@@ -43,7 +52,16 @@ struct request {
 	struct space *space;
 	struct sequence *sequence; /* whose busy flag this request holds, or NULL */
 	struct job job;
-	uint32_t layer, row; /* STAGE: the next to score */
+	/* Work on the executor, see compute.h. */
+	int (*launch)(struct request *);
+	int (*finish)(struct request *); /* set by launch(): what is left when its work is done */
+	void (*after)(struct request *);
+	bool launched;
+	int job_status;
+	uint64_t deadline_ns;
+	struct publish publish;
+	uint32_t layer, row;           /* STAGE: the next to score */
+	struct import *buffer, *event; /* imports that the entry uses */
 	struct evict *evict;
 	int grow_status; /* of the last space_try_grow() that went on the executor */
 };
@@ -58,14 +76,35 @@ struct space_ops {
 	void (*closed)(void *user);
 };
 
+/* What a session hands over for its space: the staging memfd, mapped as long as the space lives. */
+struct space_memory {
+	uint8_t *staging;
+	size_t staging_size, rows_offset;
+	size_t sync_offset;            /* of struct kvg_sync; cuda only */
+	uint64_t device_staging_bytes; /* cuda only */
+	uint64_t wait_ns;              /* deadline of waits for the worker's streams; 0: 10 s */
+};
+
+/* What a worker gets on cuda besides its extents; -1 and 0 on the host, or when there is none. */
+struct space_device {
+	int table_fd, staging_fd;
+	uint64_t table_size, ids_offset, staging_size;
+	struct compute_device *compute; /* the kind's own */
+};
+
 struct space {
 	struct tenant *tenant;
 	struct pool *pool;
 	struct arena *arena;
 	struct meta_part part;
 	struct table table;
-	uint32_t index;   /* of the worker in the metadata's table */
-	uint32_t rows;    /* layers * heads */
+	uint32_t index; /* of the worker in the metadata's table */
+	uint32_t rows;  /* layers * heads */
+	const struct compute_ops *compute;
+	struct space_device device;
+	struct imports imports;
+	struct kvg_sync *sync; /* timeline semaphores, shared with the worker; NULL on the host */
+	uint64_t wait_ns;
 	uint8_t *staging; /* rows: borrowed from the session, mapped as long as the space lives */
 	uint64_t staging_size;
 	struct gate_set *gates; /* owned; NULL until loaded */
@@ -82,6 +121,7 @@ struct space {
 	unsigned jobs;          /* requests and batches on the executor */
 	atomic_bool dying;
 	bool closing; /* everything is on its way back */
+	struct job close_job;
 	const struct space_ops *ops;
 	void *user;
 };
@@ -92,6 +132,13 @@ struct space {
  */
 int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t worker_id, const struct space_ops *ops,
 	void *user, struct space **ret, char *text);
+
+/*
+ * The part of its beginning that belongs on the executor: addresses, and on cuda the stream and the tables for the
+ * worker's kernels. Once, before the first request. 0 or a negative errno with text; then space_free() or
+ * space_kill() is all that may follow.
+ */
+int space_open(struct space *space, const struct space_memory *memory, char *text);
 
 /* Ends the space; closed() comes later (or at once), after which space_free() may be called. No complete() any more. */
 void space_kill(struct space *space);
@@ -108,7 +155,9 @@ uint64_t space_overhead(const struct space *space);
 
 /* ---- for the operations (reserve.c, score.c, evict.c) ---- */
 
-void space_submit_job(struct request *request, void (*run)(struct job *), void (*done)(struct job *));
+/* poll: NULL or as in executor.h. */
+void space_submit_job(
+	struct request *request, void (*run)(struct job *), bool (*poll)(struct job *), void (*done)(struct job *));
 
 /* The end of a job or batch: true when the space is dying, and then the caller touches nothing more. */
 bool space_job_ended(struct space *space);

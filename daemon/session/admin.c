@@ -27,6 +27,13 @@ struct admin_peer {
 	bool failed; /* a reply could not be sent */
 };
 
+/* A request for the status that waits for the device's answer. */
+struct status_wait {
+	struct list node;
+	struct admin_peer *peer;
+	uint64_t id;
+};
+
 static void reply_send(struct admin_peer *peer, Kvg__AdminReply *reply, uint64_t id)
 {
 	reply->id = id;
@@ -61,10 +68,34 @@ static uint64_t count_overhead(const struct server *server)
 
 	for (const struct list *node = server->workers.next; node != &server->workers; node = node->next)
 		bytes += worker_overhead(list_entry(node, struct worker, node));
+	for (size_t i = 0; i < server->tenant_count; i++) {
+		const struct list *arenas = &server->tenants[i]->arenas;
+
+		for (const struct list *node = arenas->next; node != arenas; node = node->next)
+			bytes += list_entry(node, struct arena, node)->pairs_bytes;
+	}
 	return bytes;
 }
 
-static void on_status(struct admin_peer *peer, uint64_t id)
+static void fill_device(Kvg__Status *status, const struct admin *admin)
+{
+	struct kind *kind = admin->server->pool->kind;
+	const struct kind_device *about = kind->ops->about(kind);
+
+	if (!about)
+		return;
+	status->device = (char *)(uintptr_t)about->name;
+	status->driver = (char *)(uintptr_t)about->driver;
+	status->has_mps = true;
+	status->mps = about->mps;
+	status->isolation = (char *)(uintptr_t)admin->server->isolation;
+	status->has_device_total = true;
+	status->device_total = about->total;
+	status->has_device_used = admin->usage_status == 0;
+	status->device_used = admin->usage;
+}
+
+static void send_status(struct admin_peer *peer, uint64_t id)
 {
 	const struct server *server = peer->admin->server;
 	const struct pool *pool = server->pool;
@@ -74,7 +105,7 @@ static void on_status(struct admin_peer *peer, uint64_t id)
 	status.version = (char *)(uintptr_t)KVG_VERSION;
 	status.pid = (uint64_t)getpid();
 	status.uptime_ms = (loop_now() - server->started_ns) / 1000000;
-	status.kind = (char *)(uintptr_t)pool->kind->name;
+	status.kind = (char *)(uintptr_t)pool->kind->ops->name;
 	status.extent_size = pool->extent_size;
 	status.pool_size = pool->quota.account->max;
 	status.charged = pool->quota.account->charged;
@@ -85,9 +116,74 @@ static void on_status(struct admin_peer *peer, uint64_t id)
 	status.workers = server->worker_count;
 	status.sequences = count_sequences(server);
 	status.state_dir = (char *)(uintptr_t)server->state_dir;
+	fill_device(&status, peer->admin);
 	reply.body_case = KVG__ADMIN_REPLY__BODY_STATUS;
 	reply.status = &status;
 	reply_send(peer, &reply, id);
+}
+
+static void usage_run(struct job *job)
+{
+	struct admin *admin = list_entry(job, struct admin, usage_job);
+	struct kind *kind = admin->server->pool->kind;
+
+	admin->usage_status = kind->ops->usage(kind, &admin->usage);
+}
+
+static void usage_done(struct job *job)
+{
+	struct admin *admin = list_entry(job, struct admin, usage_job);
+	struct list *node;
+
+	admin->usage_pending = false;
+	while ((node = list_pop(&admin->waits))) {
+		struct status_wait *wait = list_entry(node, struct status_wait, node);
+
+		send_status(wait->peer, wait->id);
+		if (wait->peer->failed)
+			loop_watch_again(wait->peer->watch);
+		free(wait);
+	}
+}
+
+/* The device is asked on the executor; without one the answer comes at once. */
+static void on_status(struct admin_peer *peer, uint64_t id)
+{
+	struct admin *admin = peer->admin;
+	struct kind *kind = admin->server->pool->kind;
+	struct status_wait *wait;
+
+	if (!kind->ops->about(kind)) {
+		send_status(peer, id);
+		return;
+	}
+	wait = malloc(sizeof(*wait));
+	if (!wait) {
+		reply_error(peer, id, -ENOMEM, "status: out of memory");
+		return;
+	}
+	*wait = (struct status_wait){.peer = peer, .id = id};
+	list_add_tail(&admin->waits, &wait->node);
+	if (admin->usage_pending)
+		return;
+	admin->usage_pending = true;
+	admin->usage_job = (struct job){.run = usage_run, .done = usage_done};
+	executor_submit(admin->server->executor, &admin->usage_job);
+}
+
+static void forget_waits(struct admin_peer *peer)
+{
+	struct list *node = peer->admin->waits.next;
+
+	while (node != &peer->admin->waits) {
+		struct status_wait *wait = list_entry(node, struct status_wait, node);
+
+		node = node->next;
+		if (wait->peer != peer)
+			continue;
+		list_remove(&wait->node);
+		free(wait);
+	}
 }
 
 static void on_tenants(struct admin_peer *peer, uint64_t id)
@@ -123,6 +219,12 @@ static void on_tenants(struct admin_peer *peer, uint64_t id)
 	free(pointers);
 }
 
+/* The arena's pairs are its tenant's; a worker counts those of its extents. */
+static uint64_t pairs_per_extent(const struct arena *arena)
+{
+	return (uint64_t)arena->blocks_per_extent * KVG_BLOCK_TOKENS * sizeof(struct meta_place);
+}
+
 static void fill_worker(Kvg__Worker *row, const struct worker *worker)
 {
 	const struct space *space = worker->space;
@@ -146,6 +248,8 @@ static void fill_worker(Kvg__Worker *row, const struct worker *worker)
 	for (const struct list *node = space->dropped.next; node != &space->dropped; node = node->next)
 		row->unreturned += space->arena->extent_size;
 	row->charged = row->extents * (uint64_t)space->arena->extent_size + row->unreturned;
+	if (space->arena->pairs_size)
+		row->overhead += row->extents * pairs_per_extent(space->arena);
 }
 
 static void on_workers(struct admin_peer *peer, uint64_t id)
@@ -231,8 +335,9 @@ static uint64_t physical(void *user, uint32_t index)
 {
 	const struct pool *pool = user;
 	const struct extent *extent = pool->extents[index];
+	struct kind *kind = pool->kind;
 
-	return extent && extent->fd >= 0 ? pool->kind->physical(extent->fd) : 0;
+	return extent && extent->fd >= 0 ? kind->ops->physical(kind, extent->fd, extent->meta->bytes) : 0;
 }
 
 static void send_audit(struct admin_peer *peer, uint64_t id, const struct audit *audit)
@@ -355,6 +460,7 @@ static void dispatch(struct admin_peer *peer, const Kvg__AdminRequest *request)
 static void peer_free(struct admin_peer *peer)
 {
 	list_remove(&peer->node);
+	forget_waits(peer);
 	(void)loop_watch_free(peer->watch);
 	outbox_deinit(&peer->outbox);
 	(void)close(peer->fd);
@@ -379,7 +485,7 @@ static void ready(void *user, uint32_t revents)
 {
 	struct admin_peer *peer = user;
 
-	if ((revents & POLLOUT) && outbox_flush(&peer->outbox) < 0) {
+	if (peer->failed || ((revents & POLLOUT) && outbox_flush(&peer->outbox) < 0)) {
 		peer_free(peer);
 		return;
 	}
@@ -423,6 +529,7 @@ void admin_init(struct admin *admin, struct server *server)
 {
 	*admin = (struct admin){.server = server};
 	list_init(&admin->peers);
+	list_init(&admin->waits);
 }
 
 void admin_deinit(struct admin *admin)

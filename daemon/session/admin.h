@@ -12,10 +12,17 @@
 struct admin {
 	struct server *server;
 	struct list peers;
+	struct list waits;    /* requests for the status, which wait for usage_job */
+	struct job usage_job; /* asks the device for the bytes in use; on the executor when usage_pending */
+	bool usage_pending;
+	int usage_status;
+	uint64_t usage;
 };
 
 void admin_init(struct admin *admin, struct server *server);
-void admin_deinit(struct admin *admin); /* closes all connections */
+
+/* Closes all connections. It must outlive the executor, which may have its job. */
+void admin_deinit(struct admin *admin);
 
 /* A listener_accept: user is a struct admin. */
 void admin_accept(void *user, int fd, const struct ucred *peer);

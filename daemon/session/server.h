@@ -19,8 +19,10 @@ struct server {
 	unsigned worker_count;
 	uint64_t next_worker;
 	uint64_t spin_ns;
+	uint64_t wait_ns; /* how long the daemon waits for what a worker's stream is to do first */
 	uint64_t started_ns;
 	const char *state_dir;
+	const char *isolation; /* "shared" or "strict"; NULL for kinds without a device */
 };
 
 /* Adds the poller to the loop. */

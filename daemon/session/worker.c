@@ -87,7 +87,7 @@ void worker_take_down(struct worker *worker)
 {
 	worker->closing = true;
 	unwatch(worker);
-	if (!worker->gate_job)
+	if (!worker->setup)
 		worker_finish(worker);
 }
 
@@ -203,7 +203,7 @@ static void submit(struct worker *worker, const struct kvg_sqe *sqe)
 	*request = (struct request){.sqe = *sqe, .cqe.user_data = sqe->user_data};
 	list_init(&request->node);
 	worker->submitted++;
-	if (worker->space) {
+	if (worker->registered) {
 		space_submit(worker->space, request);
 		return;
 	}
@@ -383,6 +383,10 @@ static uint64_t occupied(int fd)
 
 uint64_t worker_overhead(const struct worker *worker)
 {
-	return occupied(worker->ring.fd) + occupied(worker->staging_fd) +
-	       (worker->space ? space_overhead(worker->space) : 0);
+	uint64_t bytes = occupied(worker->ring.fd) + occupied(worker->staging_fd);
+
+	if (worker->registered)
+		bytes += space_overhead(worker->space) + worker->space->device.table_size +
+			 worker->space->device.staging_size;
+	return bytes;
 }

@@ -34,16 +34,17 @@ struct worker {
 	struct ring ring;
 	struct request *requests; /* one for each ring entry */
 	struct list free_requests;
-	struct space *space;
+	struct space *space; /* takes entries when `registered` */
 	int staging_fd;
 	uint8_t *staging;
 	size_t staging_size, rows_offset;
-	struct gate_job *gate_job; /* under way */
+	struct setup *setup; /* the request that the executor works on */
 	uint64_t last_work_ns;
 	uint64_t submitted, errors;
-	bool ready;   /* has said hello */
-	bool dead;    /* worker_kill() was called */
-	bool closing; /* waits for its space or gate job */
+	bool ready;      /* has said hello */
+	bool registered; /* its space is open */
+	bool dead;       /* worker_kill() was called */
+	bool closing;    /* waits for its space or setup */
 };
 
 /* Takes an accepted connection. On failure the descriptor is closed. */
@@ -73,7 +74,7 @@ const char *worker_send_failure(int status);
 /* How a worker's space reports to it. */
 extern const struct space_ops worker_space_ops;
 
-/* Goes on with taking a dead worker down when its gate job has ended. */
+/* Goes on with taking a dead worker down when its setup has ended. */
 void worker_finish(struct worker *worker);
 
 /* control.c: handles one message of the control socket. What it takes of fds it sets to -1. */

@@ -65,7 +65,7 @@ int tenant_arena(struct tenant *tenant, const struct kvg_layout *layout, struct 
 			return 0;
 		}
 	}
-	r = arena_new(pool->kind, layout, pool->extent_size, pool->extent_count, ret);
+	r = arena_new(pool, layout, ret);
 	if (r < 0)
 		return r;
 	list_add_tail(&tenant->arenas, &(*ret)->node);

@@ -5,6 +5,8 @@
 #ifndef KVG_TENANT_H
 #define KVG_TENANT_H
 
+#include <stdbool.h>
+
 #include "daemon/memory/pool.h"
 
 struct tenant {
@@ -16,6 +18,7 @@ struct tenant {
 	struct pool *pool;
 	struct list arenas;
 	unsigned workers, sequences;
+	bool ipc; /* its workers may hand over memory and events of their own (cuIpc handles) */
 };
 
 /* 0, -ENOMEM, or -EUSERS when the table is full. */

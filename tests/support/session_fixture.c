@@ -59,7 +59,8 @@ struct session *session_new(void)
 	server = &session->server;
 	assert_int_equal(loop_new(&server->loop), 0);
 	assert_int_equal(executor_new(server->loop, &server->executor), 0);
-	assert_int_equal(pool_new(server->loop, server->executor, &kind_host, 16 * SESSION_EXTENT, SESSION_EXTENT,
+	assert_int_equal(kind_host_new(&session->kind), 0);
+	assert_int_equal(pool_new(server->loop, server->executor, session->kind, 16 * SESSION_EXTENT, SESSION_EXTENT,
 				 &server->pool),
 		0);
 	server->tenants = calloc(2, sizeof(struct tenant *));
@@ -91,6 +92,7 @@ void session_free(struct session *session)
 	server_end(server);
 	(void)executor_free(server->executor);
 	(void)pool_free(server->pool);
+	(void)kind_free(session->kind);
 	for (size_t i = 0; i < server->tenant_count; i++)
 		(void)tenant_free(server->tenants[i]);
 	free(server->tenants);

@@ -19,6 +19,7 @@
 
 struct session {
 	struct server server;
+	struct kind *kind;
 	struct admin admin;
 	bool (*until)(struct session *session);
 	void *user;

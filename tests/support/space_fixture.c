@@ -95,6 +95,14 @@ static const struct space_ops fixture_ops = {
 
 /* ---- from beginning to end ---- */
 
+static void open_space(struct fixture *fixture)
+{
+	const struct space_memory memory = {.staging = fixture->staging, .staging_size = fixture->staging_size};
+
+	if (space_open(fixture->space, &memory, fixture->text) < 0)
+		fail_msg("%s", fixture->text);
+}
+
 struct fixture *fixture_new(const struct fixture_options *options)
 {
 	static const struct fixture_options none;
@@ -109,7 +117,10 @@ struct fixture *fixture_new(const struct fixture_options *options)
 	rows = fixture->layout.groups[0].layers * fixture->layout.groups[0].head_count;
 	assert_int_equal(loop_new(&fixture->loop), 0);
 	assert_int_equal(executor_new(fixture->loop, &fixture->executor), 0);
-	assert_int_equal(pool_new(fixture->loop, fixture->executor, o->kind ? o->kind : &kind_host, pool_size,
+	if (!o->kind)
+		assert_int_equal(kind_host_new(&fixture->own_kind), 0);
+	fixture->kind = o->kind ? o->kind : fixture->own_kind;
+	assert_int_equal(pool_new(fixture->loop, fixture->executor, fixture->kind, pool_size,
 				 (size_t)either(o->extent_size, 64 << 10), &fixture->pool),
 		0);
 	assert_int_equal(tenant_new(fixture->pool, "test", either(o->device_max, pool_size), &fixture->tenant), 0);
@@ -119,8 +130,7 @@ struct fixture *fixture_new(const struct fixture_options *options)
 	fixture->staging = calloc(1, fixture->staging_size);
 	fixture->mapped = calloc(fixture->space->arena->slots, sizeof(bool));
 	assert_true(fixture->staging && fixture->mapped);
-	fixture->space->staging = fixture->staging;
-	fixture->space->staging_size = fixture->staging_size;
+	open_space(fixture);
 	return fixture;
 }
 
@@ -154,6 +164,7 @@ void fixture_free(struct fixture *fixture)
 	(void)executor_free(fixture->executor);
 	(void)pool_free(fixture->pool);
 	(void)tenant_free(fixture->tenant);
+	(void)kind_free(fixture->own_kind);
 	(void)loop_free(fixture->loop);
 	free(fixture->staging);
 	free(fixture->mapped);
@@ -322,8 +333,9 @@ int fixture_stage(struct fixture *fixture, uint64_t handle, uint32_t pos, uint32
 uint64_t fixture_physical(void *user, uint32_t index)
 {
 	const struct pool *pool = user;
+	const struct extent *extent = pool->extents[index];
 
-	return pool->kind->physical(pool->extents[index]->fd);
+	return pool->kind->ops->physical(pool->kind, extent->fd, extent->arena->extent_size);
 }
 
 void fixture_audit(struct fixture *fixture)

@@ -15,15 +15,15 @@
 
 /* 0 stands for the value in brackets. */
 struct fixture_options {
-	uint32_t layers, heads;      /* [2], [2] */
-	uint32_t k_dim, v_dim;       /* [8] */
-	uint32_t k_dtype, v_dtype;   /* [bf16] */
-	uint32_t max_sequences;      /* [8] */
-	uint32_t max_tokens;         /* [4096] */
-	size_t extent_size;          /* [64 KiB] */
-	uint64_t pool_size;          /* [64 MiB] */
-	uint64_t device_max;         /* [pool_size] */
-	const struct kind_ops *kind; /* [kind_host] */
+	uint32_t layers, heads;    /* [2], [2] */
+	uint32_t k_dim, v_dim;     /* [8] */
+	uint32_t k_dtype, v_dtype; /* [bf16] */
+	uint32_t max_sequences;    /* [8] */
+	uint32_t max_tokens;       /* [4096] */
+	size_t extent_size;        /* [64 KiB] */
+	uint64_t pool_size;        /* [64 MiB] */
+	uint64_t device_max;       /* [pool_size] */
+	struct kind *kind;         /* [a new host kind]; borrowed */
 };
 
 struct call {
@@ -36,6 +36,7 @@ struct call {
 struct fixture {
 	struct loop *loop;
 	struct executor *executor;
+	struct kind *kind, *own_kind;
 	struct pool *pool;
 	struct tenant *tenant;
 	struct space *space;

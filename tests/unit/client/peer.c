@@ -30,8 +30,17 @@ enum {
 	BASE_LEN_OFFSET = SLOT_OFFSET + PEER_SEQUENCES * sizeof(struct kvg_slot),
 	IDS_OFFSET = BASE_LEN_OFFSET + PEER_ROWS * PEER_SEQUENCES * 4,
 	TABLE_SIZE = IDS_OFFSET + PEER_ROWS * PEER_SEQUENCES * PEER_ROW_CAP * 4,
-	STAGING_SIZE = PEER_STAGING_OFFSET + PEER_STAGING_ROWS,
 };
+
+static size_t rows_offset(const struct peer *peer)
+{
+	return peer->cuda ? PEER_CUDA_OFFSET : PEER_STAGING_OFFSET;
+}
+
+static size_t staging_size(const struct peer *peer)
+{
+	return rows_offset(peer) + PEER_STAGING_ROWS;
+}
 
 static void *map(int fd, size_t size)
 {
@@ -67,10 +76,10 @@ static void make_table(struct peer *peer)
 	uint32_t *ids;
 
 	peer->table_fd = kvg_memfd_new("table", TABLE_SIZE);
-	peer->staging_fd = kvg_memfd_new("staging", STAGING_SIZE);
+	peer->staging_fd = kvg_memfd_new("staging", staging_size(peer));
 	check(peer->table_fd >= 0 && peer->staging_fd >= 0);
 	peer->table = map(peer->table_fd, TABLE_SIZE);
-	peer->staging = map(peer->staging_fd, STAGING_SIZE);
+	peer->staging = map(peer->staging_fd, staging_size(peer));
 	*peer->table = (struct kvg_table){.magic = KVG_TABLE_MAGIC,
 		.version = KVG_ABI_VERSION,
 		.layers = PEER_LAYERS,
@@ -89,6 +98,19 @@ static void make_table(struct peer *peer)
 
 				*ids++ = (slot * PEER_ROWS + row) * (PEER_EXTENT / PEER_STRIDE) + n % PEER_ROW_CAP;
 			}
+}
+
+/* Device memory is host memory here. */
+static void make_device(struct peer *peer)
+{
+	peer->sync = (struct kvg_sync *)(void *)(peer->staging + PEER_CUDA_SYNC);
+	peer->device_table_fd = kvg_memfd_new("device table", PEER_CUDA_TABLE);
+	check(peer->device_table_fd >= 0);
+	if (!peer->device_rows)
+		return;
+	peer->device_rows_fd = kvg_memfd_new("device staging", peer->device_rows);
+	check(peer->device_rows_fd >= 0);
+	peer->device_staging = map(peer->device_rows_fd, peer->device_rows);
 }
 
 void peer_send(struct peer *peer, const Kvg__WorkerReply *reply, const int *fds, unsigned fd_count)
@@ -182,12 +204,19 @@ static void stage(struct peer *peer, const struct kvg_sqe *sqe)
 	uint64_t row = sqe->stage.kind == KVG_STAGE_HIDDEN ? PEER_HIDDEN * 2 : PEER_HEADS * 4;
 	uint64_t bytes = row * sqe->stage.rows, offset = sqe->stage.offset;
 	uint32_t n = peer->stage_count++;
+	const uint8_t *from = peer->staging + rows_offset(peer);
 
-	check(n < 64 && offset <= PEER_STAGING_ROWS && bytes <= PEER_STAGING_ROWS - offset);
+	peer->staged = *sqe;
+	if (sqe->stage.buffer >= 2)
+		return;
+	if (sqe->stage.buffer == KVG_BUFFER_DEVICE)
+		from = peer->device_staging;
+	check(n < 64);
+	check(from == peer->device_staging || (offset <= PEER_STAGING_ROWS && bytes <= PEER_STAGING_ROWS - offset));
 	peer->stage_offset[n] = offset;
 	peer->stage_rows[n] = sqe->stage.rows;
 	for (uint64_t i = 0; i < bytes; i++)
-		peer->stage_sum[n] = (uint8_t)(peer->stage_sum[n] + peer->staging[PEER_STAGING_OFFSET + offset + i]);
+		peer->stage_sum[n] = (uint8_t)(peer->stage_sum[n] + from[offset + i]);
 }
 
 static void create(struct peer *peer, struct kvg_cqe *cqe)
@@ -290,6 +319,10 @@ static void serve_entry(struct peer *peer, const struct kvg_sqe *sqe)
 	struct kvg_cqe cqe = {.user_data = sqe->user_data};
 
 	operate(peer, sqe, &cqe);
+	peer->wait_value[sqe->op] = sqe->wait_value;
+	peer->signal_value[sqe->op] = sqe->signal_value;
+	if (sqe->signal_value)
+		__atomic_store_n(&peer->sync->slots[(uint32_t)sqe->seq], sqe->signal_value, __ATOMIC_RELEASE);
 	cqe.events = peer->events;
 	cqe.text = cqe.status < 0;
 	if (peer->complete_before_events && sqe->op == KVG_OP_RESERVE) {
@@ -360,11 +393,44 @@ static bool registered(struct peer *peer, Kvg__WorkerReply *reply)
 	body.stride = PEER_STRIDE;
 	body.arena_slots = PEER_SLOTS;
 	body.row_cap = PEER_ROW_CAP;
-	body.staging_rows_offset = PEER_STAGING_OFFSET;
-	body.staging_size = STAGING_SIZE;
+	body.staging_rows_offset = rows_offset(peer);
+	body.staging_size = staging_size(peer);
+	if (peer->cuda) {
+		make_device(peer);
+		body.has_sync_offset = body.has_device_table_size = 1;
+		body.has_device_ids_offset = body.has_device_staging_size = 1;
+		body.sync_offset = PEER_CUDA_SYNC;
+		body.device_table_size = PEER_CUDA_TABLE;
+		body.device_ids_offset = PEER_CUDA_IDS;
+		body.device_staging_size = peer->device_rows;
+	}
 	reply->body_case = KVG__WORKER_REPLY__BODY_REGISTERED;
 	reply->registered = &body;
-	return answer(peer, reply, (int[]){peer->table_fd, peer->staging_fd}, 2);
+	return answer(peer, reply,
+		(int[]){peer->table_fd, peer->staging_fd, peer->device_table_fd, peer->device_rows_fd},
+		!peer->cuda         ? 2
+		: peer->device_rows ? 4
+				    : 3);
+}
+
+static bool imported(struct peer *peer, Kvg__WorkerReply *reply)
+{
+	Kvg__Imported body = KVG__IMPORTED__INIT;
+
+	body.id = 2 + peer->imports++;
+	reply->body_case = KVG__WORKER_REPLY__BODY_IMPORTED;
+	reply->imported = &body;
+	return answer(peer, reply, NULL, 0);
+}
+
+static bool released(struct peer *peer, Kvg__WorkerReply *reply, uint32_t id)
+{
+	Kvg__Released body = KVG__RELEASED__INIT;
+
+	peer->released = id;
+	reply->body_case = KVG__WORKER_REPLY__BODY_RELEASED;
+	reply->released = &body;
+	return answer(peer, reply, NULL, 0);
 }
 
 static bool gate_loaded(struct peer *peer, Kvg__WorkerReply *reply, const struct kvg_frame *frame)
@@ -395,8 +461,18 @@ static bool serve_control(struct peer *peer)
 	reply.id = request->id;
 	if (request->body_case == KVG__WORKER_REQUEST__BODY_HELLO)
 		going = welcome(peer, &reply);
-	else if (request->body_case == KVG__WORKER_REQUEST__BODY_REGISTER_LAYOUT)
+	else if (request->body_case == KVG__WORKER_REQUEST__BODY_REGISTER_LAYOUT) {
+		peer->asked_staging = request->register_layout->staging_bytes;
+		peer->asked_device_staging = request->register_layout->device_staging_bytes;
 		going = registered(peer, &reply);
+	} else if (request->body_case == KVG__WORKER_REQUEST__BODY_IMPORT_BUFFER) {
+		peer->import_offset = request->import_buffer->offset;
+		peer->import_size = request->import_buffer->size;
+		going = imported(peer, &reply);
+	} else if (request->body_case == KVG__WORKER_REQUEST__BODY_IMPORT_EVENT)
+		going = imported(peer, &reply);
+	else if (request->body_case == KVG__WORKER_REQUEST__BODY_RELEASE)
+		going = released(peer, &reply, request->release->id);
 	else if (request->body_case == KVG__WORKER_REQUEST__BODY_LOAD_GATE)
 		going = gate_loaded(peer, &reply, &frame);
 	kvg__worker_request__free_unpacked(request, NULL);
@@ -454,6 +530,7 @@ struct peer *peer_new(void)
 	(void)snprintf(peer->path, sizeof(peer->path), "%s/socket", peer->dir);
 	(void)snprintf(address.sun_path, sizeof(address.sun_path), "%s", peer->path);
 	peer->connection = peer->doorbell = peer->ring_fd = peer->table_fd = peer->staging_fd = -1;
+	peer->device_table_fd = peer->device_rows_fd = -1;
 	for (unsigned i = 0; i < PEER_SLOTS; i++)
 		peer->extent_fds[i] = -1;
 	peer->listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
@@ -498,7 +575,7 @@ void peer_free(struct peer *peer)
 	if (peer->table)
 		check(munmap(peer->table, TABLE_SIZE) == 0);
 	if (peer->staging)
-		check(munmap(peer->staging, STAGING_SIZE) == 0);
+		check(munmap(peer->staging, staging_size(peer)) == 0);
 	for (unsigned i = 0; i < PEER_SLOTS; i++)
 		close_fd(peer->extent_fds[i]);
 	close_fd(peer->connection);
@@ -506,6 +583,10 @@ void peer_free(struct peer *peer)
 	close_fd(peer->ring_fd);
 	close_fd(peer->table_fd);
 	close_fd(peer->staging_fd);
+	if (peer->device_staging)
+		check(munmap(peer->device_staging, peer->device_rows) == 0);
+	close_fd(peer->device_table_fd);
+	close_fd(peer->device_rows_fd);
 	close_fd(peer->listener);
 	close_fd(peer->stop);
 	close_fd(peer->kick);
@@ -536,9 +617,8 @@ struct kvg_layout peer_layout(void)
 	return layout;
 }
 
-struct kvg_client *peer_connect(struct peer *peer, uint32_t spin)
+struct kvg_client *peer_hello(struct peer *peer, uint32_t spin)
 {
-	struct kvg_layout layout = peer_layout();
 	struct kvg_client *client;
 	char text[256] = "";
 
@@ -548,6 +628,14 @@ struct kvg_client *peer_connect(struct peer *peer, uint32_t spin)
 		abort();
 	}
 	kvg_set_spin(client, spin);
+	return client;
+}
+
+struct kvg_client *peer_connect(struct peer *peer, uint32_t spin)
+{
+	struct kvg_client *client = peer_hello(peer, spin);
+	struct kvg_layout layout = peer_layout();
+
 	if (kvg_register(client, &layout, PEER_STAGING_ROWS) < 0) {
 		(void)fprintf(stderr, "%s\n", kvg_error(client));
 		abort();

@@ -8,6 +8,8 @@
  * extent of 8 KiB for each row: row r (layer * 2 + head) of slot s is the extent
  * at arena slot 4 s + r. Besides them slot 16 + s is there for sequence s from
  * each reserve to the next eviction, which also folds all tokens and keeps half.
+ *
+ * On request it answers like a daemon of the kind cuda, whose device is host memory too (test_gpu.c).
  */
 #ifndef KVG_TEST_PEER_H
 #define KVG_TEST_PEER_H
@@ -34,6 +36,12 @@ enum {
 	PEER_ENTRIES = 8,
 	PEER_STAGING_OFFSET = 64,
 	PEER_STAGING_ROWS = 1024, /* bytes */
+	/* The cuda kind: */
+	PEER_CUDA_SYNC = 64,
+	PEER_CUDA_OFFSET = 4096, /* of the staging memfd's rows */
+	PEER_CUDA_IDS = 128,     /* of the ids in the device's table */
+	PEER_CUDA_TABLE = 4096,
+	PEER_CUDA_ROWS = 8192, /* bytes of device staging */
 };
 
 struct peer {
@@ -69,6 +77,18 @@ struct peer {
 	bool (*tamper)(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe);
 	bool complete_before_events; /* post the completion of a RESERVE, then send its extents */
 	bool hang_up_on_nop;
+
+	/* The kind cuda. */
+	bool cuda;
+	uint64_t device_rows; /* of device staging to have; 0: none */
+	int device_table_fd, device_rows_fd;
+	uint8_t *device_staging;
+	struct kvg_sync *sync;
+	uint64_t wait_value[16], signal_value[16]; /* by operation: of its last entry */
+	struct kvg_sqe staged;                     /* the last STAGE */
+	uint64_t asked_staging, asked_device_staging;
+	uint64_t import_offset, import_size;
+	uint32_t imports, released;
 };
 
 /* Starts listening in a fresh folder. */
@@ -88,7 +108,10 @@ void peer_send(struct peer *peer, const Kvg__WorkerReply *reply, const int *fds,
 /* The layout above. */
 struct kvg_layout peer_layout(void);
 
-/* Starts the peer, connects and registers; spin in microseconds. */
+/* Starts the peer and connects, without a layout. */
+struct kvg_client *peer_hello(struct peer *peer, uint32_t spin);
+
+/* The same, and registers; spin in microseconds. */
 struct kvg_client *peer_connect(struct peer *peer, uint32_t spin);
 
 #endif

@@ -33,7 +33,7 @@ static void maps_and_unmaps_slots(void **state)
 	char byte;
 
 	(void)state;
-	assert_int_equal(arena_init(&arena, SLOTS, EXTENT), 0);
+	assert_int_equal(arena_init(&arena, &arena_host, NULL, SLOTS, EXTENT), 0);
 	assert_false(readable(arena.base));
 	assert_int_equal(arena_map(&arena, 1, fd), 0);
 	assert_int_equal(arena_map(&arena, 2, other), 0);
@@ -60,11 +60,11 @@ static void refuses_nonsense(void **state)
 	int fd = kvg_memfd_new("extent", EXTENT), small = kvg_memfd_new("extent", EXTENT - 1);
 
 	(void)state;
-	assert_int_equal(arena_init(&arena, 0, EXTENT), -EPROTO);
-	assert_int_equal(arena_init(&arena, 4, 0), -EPROTO);
-	assert_int_equal(arena_init(&arena, 4, EXTENT + 1), -EPROTO);
-	assert_int_equal(arena_init(&arena, UINT32_MAX, 1ull << 60), -EPROTO);
-	assert_int_equal(arena_init(&arena, SLOTS, EXTENT), 0);
+	assert_int_equal(arena_init(&arena, &arena_host, NULL, 0, EXTENT), -EPROTO);
+	assert_int_equal(arena_init(&arena, &arena_host, NULL, 4, 0), -EPROTO);
+	assert_int_equal(arena_init(&arena, &arena_host, NULL, 4, EXTENT + 1), -EPROTO);
+	assert_int_equal(arena_init(&arena, &arena_host, NULL, UINT32_MAX, 1ull << 60), -EPROTO);
+	assert_int_equal(arena_init(&arena, &arena_host, NULL, SLOTS, EXTENT), 0);
 	assert_int_equal(arena_map(&arena, SLOTS, fd), -EPROTO);
 	assert_int_equal(arena_map(&arena, 0, small), -EPROTO);
 	assert_int_equal(arena_map(&arena, 0, fd), 0);
@@ -107,7 +107,7 @@ static void stays_out_of_children_and_dumps(void **state)
 	pid_t pid;
 
 	(void)state;
-	assert_int_equal(arena_init(&arena, SLOTS, EXTENT), 0);
+	assert_int_equal(arena_init(&arena, &arena_host, NULL, SLOTS, EXTENT), 0);
 	assert_int_equal(arena_map(&arena, 3, fd), 0);
 	read_flags(arena.base + 3 * EXTENT, flags, sizeof(flags));
 	assert_non_null(strstr(flags, " dc"));

@@ -37,6 +37,7 @@ static void connects_and_registers(void **state)
 	assert_string_equal(kvg_tenant(client), "search");
 	assert_true(kvg_fd(client) >= 0);
 	assert_int_equal(kvg_mapped_bytes(client), 0);
+	assert_int_equal(kvg_kind(client), KVG_KIND_HOST);
 	assert_int_equal(kvg_view(client, &view), 0);
 	assert_int_equal(view.v_base - view.k_base, PEER_EXTENT / 2);
 	assert_int_equal(view.stride, PEER_STRIDE);
@@ -46,6 +47,8 @@ static void connects_and_registers(void **state)
 	assert_null(kvg_close(client));
 	assert_null(kvg_close(NULL));
 	peer_stop(peer);
+	assert_int_equal(peer->asked_staging, PEER_STAGING_ROWS);
+	assert_int_equal(peer->asked_device_staging, 0);
 	peer_free(peer);
 }
 
@@ -115,6 +118,27 @@ static bool wrong_id(struct peer *peer, Kvg__WorkerReply *reply, unsigned *fd_co
 	return true;
 }
 
+static bool unknown_kind(struct peer *peer, Kvg__WorkerReply *reply, unsigned *fd_count)
+{
+	(void)peer;
+	(void)fd_count;
+	reply->welcome->kind = (char *)(uintptr_t) "disk";
+	return true;
+}
+
+/* A GPU that no test machine has, or a library without the kind: refused either way, and said. */
+static bool strange_gpu(struct peer *peer, Kvg__WorkerReply *reply, unsigned *fd_count)
+{
+	static uint8_t uuid[16] = {1, 2, 3};
+
+	(void)peer;
+	(void)fd_count;
+	reply->welcome->kind = (char *)(uintptr_t) "cuda";
+	reply->welcome->has_device_uuid = 1;
+	reply->welcome->device_uuid = (ProtobufCBinaryData){.len = sizeof(uuid), .data = uuid};
+	return true;
+}
+
 static void bad_magic(struct peer *peer)
 {
 	peer->ring->magic = 0;
@@ -134,6 +158,12 @@ static void refuses_a_wrong_welcome(void **state)
 		{other_version, NULL, -EPROTO, "speaks version 2, this library 1"},
 		{wrong_id, NULL, -EPROTO, "reply to request 6"},
 		{NULL, bad_magic, -EPROTO, "the ring's magic"},
+		{unknown_kind, NULL, -EPROTO, "its memory is of the kind disk, which this library does not know"},
+#ifdef KVG_HAS_CUDA
+		{strange_gpu, NULL, -ENODEV, "the daemon's memory is on a GPU: "},
+#else
+		{strange_gpu, NULL, -EOPNOTSUPP, "this libkvgate was built without the kind cuda"},
+#endif
 	};
 
 	(void)state;
@@ -188,6 +218,11 @@ static bool refuse_register(struct peer *peer, Kvg__WorkerReply *reply, unsigned
 	return reply->body_case != KVG__WORKER_REPLY__BODY_REGISTERED || refuse(peer, reply, fd_count);
 }
 
+static bool one_fd(struct peer *peer, Kvg__WorkerReply *reply, unsigned *fd_count)
+{
+	return reply->body_case != KVG__WORKER_REPLY__BODY_REGISTERED || keep_one_fd(peer, reply, fd_count);
+}
+
 static void refuses_a_wrong_registration(void **state)
 {
 	static const struct {
@@ -201,6 +236,7 @@ static void refuses_a_wrong_registration(void **state)
 		{huge_arena, NULL, -EPROTO, "arena of 20 extents"},
 		{short_staging, NULL, -EPROTO, "the staging area's size"},
 		{refuse_register, NULL, -EACCES, "uid 7 is not allowed"},
+		{one_fd, NULL, -EPROTO, "with 1 descriptors, not"},
 	};
 
 	(void)state;
@@ -225,6 +261,41 @@ static void refuses_a_wrong_registration(void **state)
 		peer_stop(peer);
 		peer_free(peer);
 	}
+}
+
+/* Every call of the cuda kind says what it is that it cannot do. */
+static void refuses_the_cuda_calls_by_name(void **state)
+{
+	struct peer *peer = peer_new();
+	struct kvg_client *client = peer_connect(peer, 0);
+	uint32_t id = 7;
+
+	(void)state;
+#define REFUSED(call, ...)                                                                                             \
+	do {                                                                                                           \
+		assert_int_equal(call(client, __VA_ARGS__), -EOPNOTSUPP);                                              \
+		assert_string_equal(kvg_error(client), #call ": this connection's memory is of the kind host");        \
+	} while (0)
+	REFUSED(kvg_set_stream, NULL);
+	REFUSED(kvg_stream_wait, 1);
+	REFUSED(kvg_stage_device, 1, KVG_STAGE_HIDDEN, 0, 1, 0, 1, NULL, 0);
+	REFUSED(kvg_import_buffer, NULL, 1, &id);
+	REFUSED(kvg_import_event, NULL, &id);
+	REFUSED(kvg_release, 2);
+	REFUSED(kvg_cuda_append, 0, 1, NULL, NULL, NULL, 8, NULL, 8);
+	REFUSED(kvg_cuda_advance, NULL, 1, 1);
+	REFUSED(kvg_cuda_plan, 0, 1, 1, NULL, 0);
+	REFUSED(kvg_cuda_attend, 0, 1.0f, NULL, 8, NULL, 8);
+	REFUSED(kvg_cuda_export_table, 0, 1, NULL, 0, NULL, 1, NULL);
+	REFUSED(kvg_cuda_export_csr, 0, 1, NULL, 0, NULL, NULL, NULL);
+#undef REFUSED
+	assert_null(kvg_stage_device_buffer(client, 64));
+	assert_string_equal(kvg_error(client), "kvg_stage_device_buffer: this connection's memory is of the kind host");
+	assert_int_equal(id, 7);
+	assert_int_equal(kvg_nop(client), 0);
+	(void)kvg_close(client);
+	peer_stop(peer);
+	peer_free(peer);
 }
 
 static void refuses_layouts_of_unequal_groups(void **state)
@@ -284,6 +355,7 @@ int main(void)
 		cmocka_unit_test(refuses_a_wrong_welcome),
 		cmocka_unit_test(refuses_a_wrong_registration),
 		cmocka_unit_test(refuses_layouts_of_unequal_groups),
+		cmocka_unit_test(refuses_the_cuda_calls_by_name),
 		cmocka_unit_test(loads_a_gate),
 	};
 

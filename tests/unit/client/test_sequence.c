@@ -200,6 +200,54 @@ static void submitted_evictions_return_memory_too(void **state)
 	peer_free(peer);
 }
 
+static bool hold_evictions(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
+{
+	(void)peer;
+	(void)cqe;
+	return sqe->op != KVG_OP_EVICT;
+}
+
+/* An eviction in two halves, with a reserve behind it. */
+static void evicts_in_the_background(void **state)
+{
+	struct peer *peer = peer_new();
+	struct kvg_client *client;
+	struct kvg_evict_result result;
+	uint64_t seq, other;
+
+	(void)state;
+	peer->tamper = hold_evictions;
+	client = peer_connect(peer, 50);
+	assert_int_equal(kvg_create(client, &policy, &seq), 0);
+	assert_int_equal(kvg_create(client, &policy, &other), 0);
+	assert_int_equal(kvg_evict_finish(client, seq, NULL), -ENOENT);
+	assert_int_equal(kvg_reserve(client, seq, 40), 0);
+	assert_int_equal(kvg_commit(client, seq, 40), 0);
+	assert_int_equal(kvg_evict_async(client, seq, KVG_EVICT_PREFILL), 0);
+	assert_int_equal(kvg_evict_async(client, seq, KVG_EVICT_PREFILL), -EBUSY);
+	assert_int_equal(kvg_commit(client, seq, 0), -EBUSY);
+	assert_string_equal(kvg_error(client), "sequence 0: an eviction is under way: kvg_evict_finish() first");
+	assert_int_equal(kvg_free(client, seq), -EBUSY);
+	assert_int_equal(kvg_reserve_async(client, seq, 8), 0);
+	assert_int_equal(kvg_reserve_async(client, seq, 8), -EBUSY);
+	/* Others go on meanwhile. */
+	assert_int_equal(kvg_reserve(client, other, 8), 0);
+	peer_release(peer);
+	assert_int_equal(kvg_evict_finish(client, seq, &result), 0);
+	assert_int_equal(result.pairs_held, 20 * 4);
+	assert_int_equal(result.generation, 2);
+	assert_int_equal(kvg_reserve_finish(client, seq), 0);
+	assert_int_equal(kvg_reserve_finish(client, seq), -ENOENT);
+	assert_int_equal(kvg_commit(client, seq, 8), 0);
+	/* What fails says so in the second half; what nobody finishes ends with the client. */
+	assert_int_equal(kvg_reserve_async(client, seq, 4000), 0);
+	assert_int_equal(kvg_reserve_finish(client, seq), -ENOSPC);
+	assert_int_equal(kvg_evict_async(client, seq, KVG_EVICT_PREFILL), 0);
+	(void)kvg_close(client);
+	peer_stop(peer);
+	peer_free(peer);
+}
+
 static void needs_a_layout(void **state)
 {
 	struct peer *peer = peer_new();
@@ -227,6 +275,7 @@ int main(void)
 		cmocka_unit_test(holds_as_many_as_there_are_slots),
 		cmocka_unit_test(a_created_sequence_must_be_in_the_table),
 		cmocka_unit_test(submitted_evictions_return_memory_too),
+		cmocka_unit_test(evicts_in_the_background),
 		cmocka_unit_test(needs_a_layout),
 	};
 

@@ -71,6 +71,11 @@ static void test_defaults(void **state)
 	assert_int_equal(config.tenants[0].mode, 0600);
 	assert_int_equal(config.tenants[0].uid_count, 0);
 	assert_int_equal(config.tenants[0].device_max, 64 << 20);
+	assert_int_equal(config.kind, CONFIG_HOST);
+	assert_int_equal(config.device_index, 0);
+	assert_int_equal(config.isolation, CONFIG_SHARED);
+	assert_int_equal(config.wait_ms, 10000);
+	assert_false(config.tenants[0].ipc);
 	config_deinit(&config);
 	assert_null(config.tenants);
 	config_deinit(&config);
@@ -109,12 +114,44 @@ static void test_everything(void **state)
 	config_deinit(&config);
 }
 
+static void test_cuda(void **state)
+{
+	struct config config;
+
+	(void)state;
+	expect_config("[pool]\ndevice.size = 40G\nkind = cuda\ndevice.index = 3\n"
+		      "[daemon]\nisolation = strict\nwait_ms = 600000\n"
+		      "[tenant a]\nipc = yes\n[tenant b]\nipc = no\n",
+		&config);
+	assert_int_equal(config.kind, CONFIG_CUDA);
+	assert_int_equal(config.device_index, 3);
+	assert_int_equal(config.extent_size, 32 << 20);
+	assert_int_equal(config.isolation, CONFIG_STRICT);
+	assert_int_equal(config.wait_ms, 600000);
+	assert_true(config.tenants[0].ipc);
+	assert_false(config.tenants[1].ipc);
+	config_deinit(&config);
+	expect_config("[pool]\nkind = host\ndevice.size = 1G\n[daemon]\nisolation = shared\nwait_ms = 1\n[tenant a]\n",
+		&config);
+	assert_int_equal(config.kind, CONFIG_HOST);
+	assert_int_equal(config.wait_ms, 1);
+	config_deinit(&config);
+	expect_config(
+		"[pool]\nkind = cuda\ndevice.size = 2M\nextent_size = 2M\ndevice.index = 1023\n[tenant a]\n", &config);
+	assert_int_equal(config.extent_size, 2 << 20);
+	assert_int_equal(config.device_index, 1023);
+	config_deinit(&config);
+}
+
 static void test_default_extent(void **state)
 {
 	static const struct {
-		const char *size;
+		const char *size; /* and what follows in [pool] */
 		uint64_t extent;
 	} cases[] = {
+		{"64M\nkind = cuda", 2 << 20},
+		{"4000M\nkind = cuda", 2 << 20},
+		{"4001M\nkind = cuda", 4 << 20},
 		{"256K", 256 << 10},
 		{"500M", 256 << 10},
 		{"500.1M", 512 << 10},
@@ -169,6 +206,14 @@ static void test_values(void **state)
 		"[pool]\nextent_size = 32K\n", ":2", "extent_size: '32K' is not a power of two from 64 KiB to 1 GiB");
 	expect_refusal(
 		"[pool]\nextent_size = 2G\n", ":2", "extent_size: '2G' is not a power of two from 64 KiB to 1 GiB");
+	expect_refusal("[pool]\nkind = gpu\n", ":2", "kind: 'gpu' is neither host nor cuda");
+	expect_refusal("[pool]\nkind =\n", ":2", "kind: '' is neither host nor cuda");
+	expect_refusal("[pool]\ndevice.index = 1024\n", ":2", "device.index: '1024' is not a number from 0 to 1023");
+	expect_refusal("[pool]\ndevice.index = one\n", ":2", "device.index: 'one' is not a number from 0 to 1023");
+	expect_refusal("[daemon]\nisolation = no\n", ":2", "isolation: 'no' is neither shared nor strict");
+	expect_refusal("[daemon]\nwait_ms = 0\n", ":2", "wait_ms: '0' is not a number from 1 to 600000");
+	expect_refusal("[daemon]\nwait_ms = 600001\n", ":2", "wait_ms: '600001' is not a number from 1 to 600000");
+	expect_refusal("[tenant a]\nipc = true\n", ":2", "ipc: 'true' is neither no nor yes");
 	expect_refusal("[daemon]\nspin_us = -1\n", ":2", "spin_us: '-1' is not a number from 0 to 1000000");
 	expect_refusal("[daemon]\nspin_us = 1000001\n", ":2", "spin_us: '1000001' is not a number from 0 to 1000000");
 	expect_refusal("[admin]\nmode = 1777\n", ":2", "mode: '1777' is not an octal mode from 0 to 0777");
@@ -189,6 +234,12 @@ static void test_contradictions(void **state)
 	expect_refusal("[tenant a]\n", "", "there is no device.size in [pool]");
 	expect_refusal("[pool]\nextent_size = 1M\ndevice.size = 512K\n[tenant a]\n", ":3",
 		"device.size: 512.0 KiB is less than one extent, 1.0 MiB");
+	expect_refusal("[pool]\ndevice.size = 1M\nkind = cuda\n[tenant a]\n", ":2",
+		"device.size: 1.0 MiB is less than one extent, 2.0 MiB");
+	expect_refusal("[pool]\nextent_size = 1M\ndevice.size = 1G\nkind = cuda\n[tenant a]\n", ":2",
+		"extent_size: 1.0 MiB is less than the 2.0 MiB that a GPU maps at least");
+	expect_refusal("[pool]\ndevice.size = 1G\ndevice.index = 0\n[tenant a]\n", ":3",
+		"device.index: there is a device only with kind = cuda");
 	expect_refusal("[tenant a]\ndevice.max = 1G\n[pool]\ndevice.size = 1023M\n", ":2",
 		"device.max: 1.0 GiB (1073741824 bytes) of tenant 'a' is more than device.size of [pool], 1023.0 MiB "
 		"(1072693248 bytes)");
@@ -339,6 +390,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_defaults),
 		cmocka_unit_test(test_everything),
+		cmocka_unit_test(test_cuda),
 		cmocka_unit_test(test_default_extent),
 		cmocka_unit_test(test_form),
 		cmocka_unit_test(test_values),

@@ -1,17 +1,19 @@
 #include "daemon/daemon.h"
+#include "daemon/device.h"
 
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "tests/support/runner.h"
+#include "tests/support/test_kind.h"
 
 struct place {
 	char dir[64];
@@ -57,7 +59,7 @@ static int end(void **state)
 }
 
 /* Runs a daemon in a child process; mode: of tenant a's socket. */
-static pid_t start(const struct place *place, mode_t mode)
+static pid_t start_with(const struct place *place, mode_t mode, struct kind *kind)
 {
 	char name[] = "a", socket_name[] = "a.sock";
 	struct config_tenant tenant = {.name = name, .socket = socket_name, .mode = mode, .device_max = 16 << 20};
@@ -67,7 +69,7 @@ static pid_t start(const struct place *place, mode_t mode)
 		.admin_mode = 0600,
 		.tenants = &tenant,
 		.tenant_count = 1};
-	const struct daemon_options options = {.state_dir = place->dir};
+	const struct daemon_options options = {.state_dir = place->dir, .kind = kind};
 	struct sockaddr_un notify;
 	pid_t pid = fork();
 
@@ -78,6 +80,11 @@ static pid_t start(const struct place *place, mode_t mode)
 	}
 	assert_true(pid > 0);
 	return pid;
+}
+
+static pid_t start(const struct place *place, mode_t mode)
+{
+	return start_with(place, mode, NULL);
 }
 
 static void expect_notice(const struct place *place, const char *expected)
@@ -153,11 +160,145 @@ static void test_second_on_same_folder(void **state)
 	assert_int_equal(wait_status(first), EXIT_SUCCESS);
 }
 
+/* ---- a kind with a device ---- */
+
+static struct kind_device device = {.name = "A GPU", .driver = "1.2", .total = UINT64_C(1) << 30};
+static uint64_t used;
+static int failure = -1;
+
+static const struct kind_device *some_about(struct kind *kind)
+{
+	(void)kind;
+	return &device;
+}
+
+static int some_usage(struct kind *kind, uint64_t *ret_bytes)
+{
+	(void)kind;
+	*ret_bytes = used;
+	return 0;
+}
+
+static int some_failure_fd(struct kind *kind)
+{
+	(void)kind;
+	return failure;
+}
+
+static const char *some_failure(struct kind *kind, char *text)
+{
+	(void)kind;
+	(void)snprintf(text, KIND_TEXT, "CUDA_ERROR_ILLEGAL_ADDRESS (a test)");
+	return text;
+}
+
+static void device_kind_init(struct test_kind *kind)
+{
+	test_kind_init(kind);
+	kind->ops.about = some_about;
+	kind->ops.usage = some_usage;
+	kind->ops.failure_fd = some_failure_fd;
+	kind->ops.failure = some_failure;
+	device.mps = false;
+	used = 0;
+}
+
+/* The daemon tells why, ends by itself, and its status says that it should be started again. */
+static void test_lost_device(void **state)
+{
+	const struct place *place = *state;
+	struct test_kind kind;
+	char text[256];
+	pid_t pid;
+	ssize_t n;
+
+	device_kind_init(&kind);
+	failure = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	assert_true(failure >= 0);
+	pid = start_with(place, 0600, &kind.kind);
+	expect_notice(place, "READY=1");
+	check_socket(place, "a.sock", 0600);
+	assert_int_equal(eventfd_write(failure, 1), 0);
+	n = recv(place->notify, text, sizeof(text), 0);
+	assert_true(n > 0);
+	assert_int_equal(wait_status(pid), DAEMON_DEVICE_LOST);
+	check_no_socket(place, "a.sock");
+	check_no_socket(place, "admin.sock");
+	assert_int_equal(close(failure), 0);
+	failure = -1;
+	test_kind_deinit(&kind);
+}
+
+static void test_check_of_sizes(void **state)
+{
+	struct config config = {.kind = CONFIG_CUDA, .device_size = UINT64_C(1) << 30, .extent_size = 1 << 20};
+	struct test_kind kind;
+	char text[DEVICE_TEXT] = "";
+	uint64_t extent = 0;
+
+	(void)state;
+	device_kind_init(&kind);
+	assert_int_equal(device_check(&config, &kind.kind, &extent, text), 0);
+	assert_int_equal(extent, 1 << 20);
+	used = 1; /* now there is less, which is only a warning */
+	assert_int_equal(device_check(&config, &kind.kind, &extent, text), 0);
+	kind.kind.granularity = 2 << 20;
+	assert_int_equal(device_check(&config, &kind.kind, &extent, text), 0);
+	assert_int_equal(extent, 2 << 20);
+	config.device_size++;
+	assert_int_equal(device_check(&config, &kind.kind, &extent, text), -EINVAL);
+	assert_string_equal(text, "device.size: 1.0 GiB is more than the 1.0 GiB of A GPU");
+	config.device_size = 1 << 20;
+	assert_int_equal(device_check(&config, &kind.kind, &extent, text), -EINVAL);
+	assert_string_equal(text, "device.size: 1.0 MiB is less than one extent, 2.0 MiB");
+	test_kind_deinit(&kind);
+}
+
+static void test_check_of_isolation(void **state)
+{
+	struct config config = {.kind = CONFIG_CUDA, .device_size = 64 << 20, .extent_size = 2 << 20};
+	struct test_kind kind;
+	char text[DEVICE_TEXT] = "";
+	uint64_t extent = 0;
+
+	(void)state;
+	device_kind_init(&kind);
+	config.isolation = CONFIG_STRICT;
+	assert_int_equal(device_check(&config, &kind.kind, &extent, text), 0);
+	device.mps = true;
+	assert_int_equal(device_check(&config, &kind.kind, &extent, text), -EINVAL);
+	assert_memory_equal(text, "isolation: strict, but this daemon is a client of an MPS server", 63);
+	config.isolation = CONFIG_SHARED;
+	assert_int_equal(device_check(&config, &kind.kind, &extent, text), 0);
+	test_kind_deinit(&kind);
+}
+
+static void test_open(void **state)
+{
+	struct config config = {.kind = CONFIG_HOST};
+	struct kind *kind = NULL;
+	char text[DEVICE_TEXT] = "";
+
+	(void)state;
+	assert_int_equal(device_open(&config, &kind, text), 0);
+	assert_string_equal(kind->ops->name, "host");
+	kind = kind_free(kind);
+	config.kind = CONFIG_CUDA;
+	config.device_index = 1000; /* there is no such GPU, no driver, or no support for any */
+	assert_true(device_open(&config, &kind, text) < 0);
+	assert_null(kind);
+	assert_true(strlen(text) > 10);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test_setup_teardown(test_start_and_stop, begin, end),
 		cmocka_unit_test_setup_teardown(test_second_on_same_folder, begin, end),
+		cmocka_unit_test_setup_teardown(test_lost_device, begin, end),
+		cmocka_unit_test(test_check_of_sizes),
+		cmocka_unit_test(test_check_of_isolation),
+		cmocka_unit_test(test_open),
 	};
 
 	return runner_run("daemon", tests, sizeof(tests) / sizeof(tests[0]));

@@ -2,8 +2,10 @@
 
 #include <pthread.h>
 #include <semaphore.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "tests/support/runner.h"
 
@@ -231,6 +233,189 @@ static void test_wakes_the_reactor(void **state)
 	assert_int_equal(sem_destroy(&sleeper.asleep), 0);
 }
 
+/* ---- jobs that are polled ---- */
+
+/* Ends when its gate is open. */
+struct polled {
+	struct job job;
+	struct fixture *fixture;
+	atomic_bool gate;
+	atomic_uint polls;
+	atomic_bool ran; /* before the first poll */
+	int order;
+	uint64_t done_ns;
+};
+
+static void polled_run(struct job *job)
+{
+	((struct polled *)job)->ran = true;
+}
+
+static bool polled_poll(struct job *job)
+{
+	struct polled *polled = (struct polled *)job;
+
+	polled->polls++;
+	return polled->ran && polled->gate;
+}
+
+static void polled_done(struct job *job)
+{
+	struct polled *polled = (struct polled *)job;
+	struct fixture *fixture = polled->fixture;
+
+	polled->done_ns = loop_now();
+	polled->order = ++fixture->next_done;
+	if (fixture->next_done == fixture->count)
+		loop_stop(fixture->loop);
+}
+
+static void polled_submit(struct polled *polled, struct fixture *fixture)
+{
+	*polled = (struct polled){
+		.job = {.run = polled_run, .poll = polled_poll, .done = polled_done}, .fixture = fixture};
+	executor_submit(fixture->executor, &polled->job);
+}
+
+/* An ordinary job that opens gates. */
+struct opener {
+	struct job job;
+	struct fixture *fixture;
+	struct polled *first, *second;
+	bool overtook; /* the polled jobs ran before it and had not ended */
+};
+
+static void opener_run(struct job *job)
+{
+	struct opener *opener = (struct opener *)job;
+
+	opener->overtook = opener->first->ran && opener->second->ran;
+	opener->second->gate = true;
+}
+
+static void opener_done(struct job *job)
+{
+	struct opener *opener = (struct opener *)job;
+
+	opener->fixture->next_done++;
+}
+
+static void test_polled_out_of_order(void **state)
+{
+	struct fixture *fixture = *state;
+	struct polled first, second;
+	struct opener opener = {.job = {.run = opener_run, .done = opener_done},
+		.fixture = fixture,
+		.first = &first,
+		.second = &second};
+
+	fixture->count = 2;
+	polled_submit(&first, fixture);
+	polled_submit(&second, fixture);
+	executor_submit(fixture->executor, &opener.job);
+	assert_int_equal(loop_run(fixture->loop), 0);
+	assert_true(opener.overtook);
+	assert_int_equal(first.order, 0);
+	assert_int_not_equal(second.order, 0);
+	assert_int_equal(executor_pending(fixture->executor), 1);
+	fixture->count = 3;
+	first.gate = true;
+	assert_int_equal(loop_run(fixture->loop), 0);
+	assert_int_equal(first.order, 3);
+	assert_int_equal(executor_pending(fixture->executor), 0);
+}
+
+static void on_timer(void *user)
+{
+	loop_stop(((struct fixture *)user)->loop);
+}
+
+static void run_for(struct fixture *fixture, uint64_t ns)
+{
+	struct loop_timer *timer;
+
+	assert_int_equal(loop_timer_new(fixture->loop, on_timer, fixture, &timer), 0);
+	loop_timer_set(timer, ns);
+	assert_int_equal(loop_run(fixture->loop), 0);
+	(void)loop_timer_free(timer);
+}
+
+/* A job that naps between polls is no reason for another one to wait; and it does nap. */
+static void test_submit_while_polling(void **state)
+{
+	struct fixture *fixture = *state;
+	struct ball ball = {.job = {.run = ball_run, .done = ball_done}, .fixture = fixture};
+	struct timespec before, after;
+	struct polled polled;
+
+	fixture->count = 1;
+	polled_submit(&polled, fixture);
+	run_for(fixture, 5000000);
+	assert_true(polled.ran);
+	assert_int_equal(clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &before), 0);
+	polled.polls = 0;
+	run_for(fixture, 100000000);
+	assert_int_equal(clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &after), 0);
+	assert_in_range(polled.polls, 1, 2200); /* 50 us apart at least: that is what a nap comes to */
+	assert_true((after.tv_sec - before.tv_sec) * 1000000000 + after.tv_nsec - before.tv_nsec < 80000000);
+	ball.turns = TURNS;
+	ball_throw(&ball);
+	assert_int_equal(loop_run(fixture->loop), 0);
+	assert_int_equal(ball.runs, TURNS);
+	assert_int_equal(polled.order, 0);
+	polled.gate = true;
+	assert_int_equal(loop_run(fixture->loop), 0);
+	assert_int_equal(polled.order, 1);
+}
+
+static void polled_open(void *user)
+{
+	((struct polled *)user)->gate = true;
+}
+
+/* The thread sleeps without a limit once no job is polled any more, and wakes for the next. */
+static void test_polled_one_after_another(void **state)
+{
+	struct fixture *fixture = *state;
+	struct loop_timer *timer;
+	struct polled polled;
+
+	for (int i = 0; i < 20; i++) {
+		fixture->next_done = 0;
+		fixture->count = 1;
+		polled_submit(&polled, fixture);
+		assert_int_equal(loop_timer_new(fixture->loop, polled_open, &polled, &timer), 0);
+		loop_timer_set(timer, (uint64_t)i * 50000 + 1);
+		assert_int_equal(loop_run(fixture->loop), 0);
+		assert_int_equal(polled.order, 1);
+		(void)loop_timer_free(timer);
+	}
+}
+
+/* Ends after some polls, whoever runs the loop. */
+static bool counting_poll(struct job *job)
+{
+	return ++((struct polled *)job)->polls >= 100;
+}
+
+static void test_free_drains_polled(void **state)
+{
+	struct fixture *fixture = *state;
+	struct polled polled[10];
+
+	fixture->count = 11;
+	for (int i = 0; i < 10; i++) {
+		polled[i] = (struct polled){
+			.job = {.run = polled_run, .poll = counting_poll, .done = polled_done}, .fixture = fixture};
+		executor_submit(fixture->executor, &polled[i].job);
+	}
+	fixture->executor = executor_free(fixture->executor);
+	for (int i = 0; i < 10; i++) {
+		assert_int_not_equal(polled[i].order, 0);
+		assert_int_equal(polled[i].polls, 100);
+	}
+}
+
 #define EXECUTOR_TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
 
 int main(void)
@@ -242,6 +427,10 @@ int main(void)
 		EXECUTOR_TEST(test_turns_spinning),
 		EXECUTOR_TEST(test_free_drains_chains),
 		EXECUTOR_TEST(test_wakes_the_reactor),
+		EXECUTOR_TEST(test_polled_out_of_order),
+		EXECUTOR_TEST(test_submit_while_polling),
+		EXECUTOR_TEST(test_polled_one_after_another),
+		EXECUTOR_TEST(test_free_drains_polled),
 	};
 
 	return runner_run("executor", tests, sizeof(tests) / sizeof(tests[0]));

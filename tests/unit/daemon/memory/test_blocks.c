@@ -16,6 +16,7 @@
 struct fixture {
 	struct loop *loop;
 	struct executor *executor;
+	struct kind *kind;
 	struct pool *pool;
 	struct arena *arena;
 	struct quota_account account;
@@ -92,8 +93,9 @@ static int setup(void **state)
 	f->account.max = EXTENTS * EXTENT;
 	assert_int_equal(loop_new(&f->loop), 0);
 	assert_int_equal(executor_new(f->loop, &f->executor), 0);
-	assert_int_equal(pool_new(f->loop, f->executor, &kind_host, EXTENTS * EXTENT, EXTENT, &f->pool), 0);
-	assert_int_equal(arena_new(&kind_host, &layout, EXTENT, EXTENTS, &f->arena), 0);
+	assert_int_equal(kind_host_new(&f->kind), 0);
+	assert_int_equal(pool_new(f->loop, f->executor, f->kind, EXTENTS * EXTENT, EXTENT, &f->pool), 0);
+	assert_int_equal(arena_new(f->pool, &layout, &f->arena), 0);
 	assert_int_equal(f->arena->blocks_per_extent, EACH);
 	f->quota = (struct quota){.name = "t", .parent = &f->pool->quota, .account = &f->account};
 	block_space_init(&f->space, f->pool, f->arena);
@@ -122,6 +124,7 @@ static int teardown(void **state)
 	(void)arena_unref(f->arena);
 	(void)executor_free(f->executor);
 	(void)pool_free(f->pool);
+	(void)kind_free(f->kind);
 	(void)loop_free(f->loop);
 	free(f);
 	return 0;

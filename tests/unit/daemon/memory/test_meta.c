@@ -21,7 +21,7 @@ static void test_fixed_part(void **state)
 	struct meta *meta;
 
 	(void)state;
-	assert_int_equal(meta_new(100 * EXTENT, EXTENT, &meta), 0);
+	assert_int_equal(meta_new(100 * EXTENT, EXTENT, 4096, &meta), 0);
 	assert_int_equal(meta->header->magic, META_MAGIC);
 	assert_int_equal(meta->header->version, META_VERSION);
 	assert_int_equal(meta->header->extent_count, 100);
@@ -44,7 +44,7 @@ static void test_forget_places(void **state)
 	uint64_t before;
 
 	(void)state;
-	assert_int_equal(meta_new(4 * EXTENT, EXTENT, &meta), 0);
+	assert_int_equal(meta_new(4 * EXTENT, EXTENT, 4096, &meta), 0);
 	for (uint32_t i = 0; i < 4; i++)
 		memset(meta_places(meta, i), 1, meta->header->places_size);
 	before = meta_physical(meta);
@@ -110,7 +110,7 @@ static void test_parts_do_not_overlap(void **state)
 	struct meta *meta;
 
 	(void)state;
-	assert_int_equal(meta_new(4 * EXTENT, EXTENT, &meta), 0);
+	assert_int_equal(meta_new(4 * EXTENT, EXTENT, 4096, &meta), 0);
 	add_part(meta, &small, 1, &parts[0]);
 	add_part(meta, &odd, 2, &parts[1]);
 	add_part(meta, &large, 3, &parts[2]);
@@ -132,7 +132,7 @@ static void test_ranges_are_reused_clean(void **state)
 	uint64_t offset;
 
 	(void)state;
-	assert_int_equal(meta_new(4 * EXTENT, EXTENT, &meta), 0);
+	assert_int_equal(meta_new(4 * EXTENT, EXTENT, 4096, &meta), 0);
 	for (uint32_t i = 0; i < 3; i++) {
 		add_part(meta, &layout, i + 1, &parts[i]);
 		fill_part(&parts[i], (uint8_t)(20 * i + 1));
@@ -160,7 +160,7 @@ static void test_forget_one_sequence(void **state)
 
 	(void)state;
 	layout.max_tokens = 1 << 16;
-	assert_int_equal(meta_new(4 * EXTENT, EXTENT, &meta), 0);
+	assert_int_equal(meta_new(4 * EXTENT, EXTENT, 4096, &meta), 0);
 	assert_int_equal(meta_part_new(meta, &layout, 4112, &part), 0);
 	part.worker->id = 1;
 	fill_part(&part, 1);
@@ -184,7 +184,7 @@ static void test_table_is_full(void **state)
 	struct meta *meta;
 
 	(void)state;
-	assert_int_equal(meta_new(4 * EXTENT, EXTENT, &meta), 0);
+	assert_int_equal(meta_new(4 * EXTENT, EXTENT, 4096, &meta), 0);
 	assert_int_equal(meta_part_new(meta, &huge, 1 << 20, &kept), -EFBIG);
 	assert_null(kept.base);
 	for (uint32_t i = 0; i < META_MAX_WORKERS; i++)
@@ -208,7 +208,7 @@ static void test_second_mapping(void **state)
 	size_t size;
 
 	(void)state;
-	assert_int_equal(meta_new(4 * EXTENT, EXTENT, &meta), 0);
+	assert_int_equal(meta_new(4 * EXTENT, EXTENT, 4096, &meta), 0);
 	add_part(meta, &layout, 5, &part);
 	meta_held(&part, 3, 5)[79] = 4711;
 	size = part.worker->offset + part.worker->size;

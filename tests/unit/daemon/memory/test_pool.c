@@ -5,24 +5,52 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "tests/support/runner.h"
+#include "tests/support/test_kind.h"
 
 #define EXTENT (64u << 10)
 
-static int creations_left, busy_left; /* of the faulty kind */
+static int creations_left, busy_left, scrubs_left, reservations_left; /* of the faulty kind */
+static int ranges;                                                    /* reserved */
 
-static int faulty_create(size_t size)
+static int faulty_create(struct kind *kind, size_t size)
 {
-	return creations_left-- > 0 ? kind_host.create(size) : -ENOMEM;
+	return creations_left-- > 0 ? test_kind_host(kind)->create(kind, size) : -ENOMEM;
 }
 
-static int faulty_destroy(int fd, size_t size)
+static int faulty_destroy(struct kind *kind, int fd, size_t size)
 {
-	return busy_left-- > 0 ? -EBUSY : kind_host.destroy(fd, size);
+	return busy_left-- > 0 ? -EBUSY : test_kind_host(kind)->destroy(kind, fd, size);
+}
+
+static int faulty_scrub(struct kind *kind, void *at, size_t size)
+{
+	(void)kind;
+	(void)at;
+	(void)size;
+	return scrubs_left-- > 0 ? 0 : -EIO;
+}
+
+static void *faulty_reserve(struct kind *kind, size_t size)
+{
+	void *base = reservations_left-- > 0 ? test_kind_host(kind)->reserve(kind, size) : NULL;
+
+	ranges += base != NULL;
+	return base;
+}
+
+static void counting_unreserve(struct kind *kind, void *base, size_t size)
+{
+	ranges -= base != NULL;
+	test_kind_host(kind)->unreserve(kind, base, size);
+}
+
+static struct kvg_cuda *some_device(struct kind *kind)
+{
+	return (struct kvg_cuda *)(void *)kind; /* nobody looks into it */
 }
 
 struct fixture {
-	struct kind_ops kind;
+	struct test_kind kind;
 	struct loop *loop;
 	struct executor *executor;
 	struct pool *pool;
@@ -43,16 +71,19 @@ static int setup(void **state)
 	if (!f)
 		return -1;
 	layout.groups[0] = (struct kvg_group){.k_dim = 8, .v_dim = 8, .k_dtype = KVG_BF16, .v_dtype = KVG_BF16};
-	f->kind = kind_host;
-	f->kind.create = faulty_create;
-	f->kind.destroy = faulty_destroy;
-	creations_left = 1000;
-	busy_left = 0;
+	test_kind_init(&f->kind);
+	f->kind.ops.create = faulty_create;
+	f->kind.ops.destroy = faulty_destroy;
+	f->kind.ops.scrub = faulty_scrub;
+	f->kind.ops.reserve = faulty_reserve;
+	f->kind.ops.unreserve = counting_unreserve;
+	creations_left = scrubs_left = reservations_left = 1000;
+	busy_left = ranges = 0;
 	list_init(&f->extents);
 	assert_int_equal(loop_new(&f->loop), 0);
 	assert_int_equal(executor_new(f->loop, &f->executor), 0);
-	assert_int_equal(pool_new(f->loop, f->executor, &f->kind, 8 * EXTENT + EXTENT / 2, EXTENT, &f->pool), 0);
-	assert_int_equal(arena_new(&f->kind, &layout, EXTENT, f->pool->extent_count, &f->arena), 0);
+	assert_int_equal(pool_new(f->loop, f->executor, &f->kind.kind, 8 * EXTENT + EXTENT / 2, EXTENT, &f->pool), 0);
+	assert_int_equal(arena_new(f->pool, &layout, &f->arena), 0);
 	f->account.max = 8 * EXTENT;
 	f->quota = (struct quota){.name = "t", .parent = &f->pool->quota, .account = &f->account};
 	*state = f;
@@ -67,8 +98,9 @@ static int teardown(void **state)
 	(void)executor_free(f->executor);
 	(void)pool_free(f->pool);
 	(void)loop_free(f->loop);
+	test_kind_deinit(&f->kind);
 	free(f);
-	return 0;
+	return ranges;
 }
 
 static void on_done(struct extent_batch *batch)
@@ -135,7 +167,7 @@ static void test_create_and_destroy(void **state)
 	assert_int_equal(extent->meta->worker, 4);
 	assert_int_equal(extent->meta->state, META_BORN);
 	assert_int_equal(extent->meta->bytes, EXTENT);
-	assert_int_equal(kind_host.physical(extent->fd), EXTENT);
+	assert_int_equal(f->pool->kind->ops->physical(f->pool->kind, extent->fd, EXTENT), EXTENT);
 	assert_ptr_equal(f->pool->extents[extent->index], extent);
 	assert_int_equal(f->arena->extent_of_slot[extent->meta->slot], extent->index);
 	f->arena->base[(extent->meta->slot + 1) * (size_t)EXTENT - 1] = 1; /* mapped to its end */
@@ -229,7 +261,8 @@ static void test_free_closes_busy_extents(void **state)
 	destroy(f);
 	assert_true(list_empty(&f->extents));
 	assert_int_equal(f->account.unreturned, 2 * EXTENT);
-	f->pool = pool_free(f->pool); /* the runner counts the descriptors */
+	f->arena = arena_unref(f->arena); /* the busy extents refer to it */
+	f->pool = pool_free(f->pool);     /* the runner counts the descriptors */
 	assert_null(f->pool);
 	assert_null(pool_free(NULL));
 }
@@ -246,6 +279,131 @@ static void test_release_to_promise(void **state)
 	quota_unpromise(&f->quota, EXTENT / 4);
 }
 
+/* New memory that cannot be zeroed is given back. */
+static void test_failed_scrub(void **state)
+{
+	struct fixture *f = *state;
+
+	scrubs_left = 1;
+	create(f, 3);
+	assert_int_equal(f->status, -EIO);
+	for (const struct list *node = f->extents.next; node != &f->extents; node = node->next)
+		assert_true(list_entry(node, struct extent, node)->fd < 0);
+	release_all(f);
+	assert_int_equal(f->account.charged, 0);
+}
+
+/* The first extent reserves the arena's addresses; without any, nothing is created. */
+static void test_no_addresses(void **state)
+{
+	struct fixture *f = *state;
+
+	assert_null(f->arena->base);
+	reservations_left = 0;
+	create(f, 1);
+	assert_int_equal(f->status, -ENOMEM);
+	release_all(f);
+	assert_null(f->arena->base);
+	reservations_left = 1000;
+	create(f, 2);
+	assert_int_equal(f->status, 0);
+	assert_non_null(f->arena->base);
+	assert_null(f->arena->pairs); /* the host has no device */
+	assert_int_equal(ranges, 1);
+	assert_int_equal(arena_open(f->arena), 0);
+	assert_int_equal(ranges, 1);
+	destroy(f);
+	release_all(f);
+}
+
+/* As on a device: slots' pairs are backed chunk by chunk, and stay. */
+static struct arena *device_arena(struct fixture *f)
+{
+	struct kvg_layout layout = f->arena->layout;
+	struct arena *arena;
+
+	f->kind.ops.device = some_device;
+	assert_int_equal(arena_new(f->pool, &layout, &arena), 0);
+	assert_int_equal(arena->pairs_size, 8 * 16384); /* 128 blocks of 128 bytes a slot */
+	(void)arena_unref(f->arena);
+	f->arena = arena;
+	return arena;
+}
+
+static void test_pairs(void **state)
+{
+	struct fixture *f = *state;
+	struct arena *arena = device_arena(f);
+	const struct extent *extent;
+
+	create(f, 2);
+	assert_int_equal(f->status, 0);
+	assert_int_equal(ranges, 2);
+	assert_int_equal(arena->pairs_bytes, 2 * 16384);
+	extent = list_entry(f->extents.prev, struct extent, node);
+	assert_int_equal(extent->meta->slot, 1);
+	arena->pairs[(2 * arena->blocks_per_extent) * KVG_BLOCK_TOKENS - 1].pos = 5; /* mapped to the end of slot 1 */
+	destroy(f);
+	release_all(f);
+	assert_int_equal(arena->pairs_bytes, 2 * 16384);
+	create(f, 1);
+	assert_int_equal(arena->pairs_bytes, 2 * 16384);
+	destroy(f);
+	release_all(f);
+}
+
+/* Slots whose pairs are smaller than a chunk share one. */
+static void test_pairs_share_chunks(void **state)
+{
+	struct fixture *f = *state;
+	struct arena *arena;
+
+	f->kind.kind.granularity = 32768; /* of the chunks; a slot's pairs have half of that */
+	arena = device_arena(f);
+	create(f, 3);
+	assert_int_equal(arena->pairs_bytes, 2 * 32768);
+	destroy(f);
+	release_all(f);
+}
+
+static void test_failed_pairs(void **state)
+{
+	struct fixture *f = *state;
+	struct arena *arena = device_arena(f);
+
+	creations_left = 3; /* of 4 chunks and then the first extent */
+	create(f, 1);
+	assert_int_equal(f->status, -ENOMEM);
+	assert_int_equal(arena->pairs_bytes, 3 * 4096);
+	release_all(f);
+	creations_left = 1000;
+	scrubs_left = 0;
+	create(f, 1);
+	assert_int_equal(f->status, -EIO);
+	release_all(f);
+	assert_int_equal(arena->pairs_bytes, 3 * 4096);
+	scrubs_left = 1000;
+	create(f, 1);
+	assert_int_equal(f->status, 0);
+	assert_int_equal(arena->pairs_bytes, 4 * 4096);
+	destroy(f);
+	release_all(f);
+}
+
+/* The second range of an arena cannot be had: the first waits for the next attempt. */
+static void test_no_addresses_for_pairs(void **state)
+{
+	struct fixture *f = *state;
+	struct arena *arena = device_arena(f);
+
+	reservations_left = 1;
+	assert_int_equal(arena_open(arena), -ENOMEM);
+	assert_int_equal(ranges, 1);
+	reservations_left = 1;
+	assert_int_equal(arena_open(arena), 0);
+	assert_int_equal(ranges, 2);
+}
+
 #define POOL_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -257,6 +415,12 @@ int main(void)
 		POOL_TEST(test_busy_extent_is_retried),
 		POOL_TEST(test_free_closes_busy_extents),
 		POOL_TEST(test_release_to_promise),
+		POOL_TEST(test_failed_scrub),
+		POOL_TEST(test_no_addresses),
+		POOL_TEST(test_pairs),
+		POOL_TEST(test_pairs_share_chunks),
+		POOL_TEST(test_failed_pairs),
+		POOL_TEST(test_no_addresses_for_pairs),
 	};
 
 	return runner_run("pool", tests, sizeof(tests) / sizeof(tests[0]));

@@ -1,4 +1,5 @@
 #include "daemon/sequence/gates.h"
+#include "daemon/memory/kind.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -37,6 +38,16 @@ static uint8_t *read_pilot(size_t *ret_size)
 	return data;
 }
 
+/* Only the host kind's lack of a device is looked at. */
+static struct kvg_cuda *no_device(struct kind *kind)
+{
+	(void)kind;
+	return NULL;
+}
+
+static const struct kind_ops host_ops = {.name = "host", .device = no_device};
+static struct kind host = {.ops = &host_ops};
+
 /* Loads the pilot's gate, cut to `size` bytes when that is less. */
 static int load(const struct kvg_layout *layout, size_t size, struct gate_set **ret, char text[KVG_TEXT_SIZE])
 {
@@ -46,7 +57,7 @@ static int load(const struct kvg_layout *layout, size_t size, struct gate_set **
 
 	assert_true(fd >= 0);
 	text[0] = '\0';
-	r = gate_set_load(fd, layout, ret, text, KVG_TEXT_SIZE);
+	r = gate_set_load(fd, layout, &host, ret, text, KVG_TEXT_SIZE);
 	assert_int_equal(close(fd), 0);
 	free(data);
 	return r;
@@ -109,7 +120,7 @@ static void test_unsealed(void **state)
 	(void)state;
 	for (unsigned i = 0; i < 3; i++) {
 		assert_true(fds[i] >= 0);
-		assert_int_equal(gate_set_load(fds[i], &layout, &set, text, sizeof(text)), -EINVAL);
+		assert_int_equal(gate_set_load(fds[i], &layout, &host, &set, text, sizeof(text)), -EINVAL);
 		assert_string_equal(
 			text, "gate: the descriptor is not a memfd sealed against writing, growing and shrinking");
 		assert_int_equal(close(fds[i]), 0);

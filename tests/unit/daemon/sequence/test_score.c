@@ -169,7 +169,8 @@ static void test_kinds(void **state)
 
 	(void)state;
 	sqe.stage.kind = KVG_STAGE_PREACT;
-	expect_refused(fixture, &sqe, -EOPNOTSUPP, "stage: kind 2, this daemon takes HIDDEN (1) and SCORE (3)");
+	expect_refused(fixture, &sqe, -EOPNOTSUPP,
+		"stage: kind 2; this daemon takes HIDDEN (1), SCORE (3); PREACT (2) with the kind cuda only");
 	sqe.stage.kind = KVG_STAGE_HIDDEN;
 	expect_refused(fixture, &sqe, -ENOKEY, "no gate is loaded");
 	assert_int_equal(fixture_release(fixture, handle), 0);
@@ -204,7 +205,7 @@ static void test_no_gaps(void **state)
 
 /* ---- hidden states through the pilot's gate, tile borders included ---- */
 
-static struct gate_set *load_pilot(const struct kvg_layout *layout)
+static struct gate_set *load_pilot(const struct kvg_layout *layout, struct kind *kind)
 {
 	int file = open("pilot-lm/gate.safetensors", O_RDONLY | O_CLOEXEC), fd;
 	size_t size = (size_t)lseek(file, 0, SEEK_END);
@@ -215,7 +216,7 @@ static struct gate_set *load_pilot(const struct kvg_layout *layout)
 	assert_non_null(data);
 	assert_int_equal(pread(file, data, size, 0), size);
 	fd = kvg_memfd_from("gate", data, size);
-	if (gate_set_load(fd, layout, &set, text, sizeof(text)) < 0)
+	if (gate_set_load(fd, layout, kind, &set, text, sizeof(text)) < 0)
 		fail_msg("%s", text);
 	assert_int_equal(close(fd) | close(file), 0);
 	free(data);
@@ -251,7 +252,7 @@ static void test_hidden_states(void **state)
 	(void)state;
 	fixture->space->part.worker->layout.hidden_dim = 256;
 	fixture->layout.hidden_dim = 256;
-	space_set_gates(fixture->space, load_pilot(&fixture->layout));
+	space_set_gates(fixture->space, load_pilot(&fixture->layout, fixture->kind));
 	fixture->staging = realloc(fixture->staging, 2 * count);
 	assert_non_null(fixture->staging);
 	fixture->space->staging = fixture->staging;

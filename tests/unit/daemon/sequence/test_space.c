@@ -62,7 +62,7 @@ static void let_go(struct gate_keeper *keeper)
 static void test_unknown_entries(void **state)
 {
 	static const struct kvg_sqe bad[] = {{.op = KVG_OP_QUERY + 1}, {.op = 255}, {.op = KVG_OP_NOP, .flags = 1},
-		{.op = KVG_OP_NOP, .reserved0 = 1}, {.op = KVG_OP_NOP, .reserved1 = 1},
+		{.op = KVG_OP_NOP, .reserved0 = 1}, {.op = KVG_OP_NOP, .wait_event = 1},
 		{.op = KVG_OP_NOP, .layout = 1}};
 	struct fixture *fixture = fixture_new(NULL);
 	struct kvg_sqe nop = {.op = KVG_OP_NOP};
@@ -231,24 +231,31 @@ static void test_unreturned_bytes_stay_charged(void **state)
 
 static int creations_left;
 
-static int failing_create(size_t size)
+static int (*real_create)(struct kind *kind, size_t size);
+static struct kind_ops failing_ops;
+
+static int failing_create(struct kind *kind, size_t size)
 {
-	return creations_left-- > 0 ? kind_host.create(size) : -ENOMEM;
+	return creations_left-- > 0 ? real_create(kind, size) : -ENOMEM;
 }
 
-static struct kind_ops failing_kind(void)
+static struct kind *failing_kind(void)
 {
-	struct kind_ops kind = kind_host;
+	struct kind *kind;
 
-	kind.create = failing_create;
+	assert_int_equal(kind_host_new(&kind), 0);
+	failing_ops = *kind->ops;
+	real_create = failing_ops.create;
+	failing_ops.create = failing_create;
+	kind->ops = &failing_ops;
 	creations_left = 1 << 20;
 	return kind;
 }
 
 static void test_failed_creation_keeps_the_promise(void **state)
 {
-	struct kind_ops kind = failing_kind();
-	struct fixture *fixture = fixture_new(&(struct fixture_options){.kind = &kind});
+	struct kind *kind = failing_kind();
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.kind = kind});
 	const struct quota_account *account = fixture_account(fixture);
 	uint64_t handle = create(fixture, 1024);
 
@@ -263,6 +270,7 @@ static void test_failed_creation_keeps_the_promise(void **state)
 	creations_left = 2;
 	assert_int_equal(fixture_reserve(fixture, handle, 1024), 0);
 	fixture_free(fixture);
+	(void)kind_free(kind);
 }
 
 /* The extent table is full: charge and promise are as before. */
@@ -287,8 +295,8 @@ static void test_full_table_keeps_the_promise(void **state)
 /* An eviction whose room cannot be created is refused whole, and the space evicts again later. */
 static void test_eviction_survives_a_failed_creation(void **state)
 {
-	struct kind_ops kind = failing_kind();
-	struct fixture *fixture = fixture_new(&(struct fixture_options){.kind = &kind});
+	struct kind *kind = failing_kind();
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.kind = kind});
 	struct kvg_policy policy = evicted;
 	struct model *model;
 
@@ -304,6 +312,7 @@ static void test_eviction_survives_a_failed_creation(void **state)
 	model_evict(model, KVG_EVICT_PREFILL);
 	model_release(model);
 	fixture_free(fixture);
+	(void)kind_free(kind);
 }
 
 /* ---- the end, in every phase ---- */
@@ -364,8 +373,8 @@ static void test_kill_amid_a_reserve(void **state)
 /* Killed while a failed creation is being undone. */
 static void test_kill_amid_a_failing_reserve(void **state)
 {
-	struct kind_ops kind = failing_kind();
-	struct fixture *fixture = fixture_new(&(struct fixture_options){.kind = &kind});
+	struct kind *kind = failing_kind();
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.kind = kind});
 	struct kvg_sqe sqe = {.op = KVG_OP_RESERVE, .seq = create(fixture, 2000), .reserve.tokens = 2000};
 	struct gate_keeper keeper;
 
@@ -377,6 +386,7 @@ static void test_kill_amid_a_failing_reserve(void **state)
 	let_go(&keeper);
 	fixture_kill(fixture);
 	fixture_free(fixture);
+	(void)kind_free(kind);
 }
 
 static void test_kill_amid_an_unmapped(void **state)

@@ -116,6 +116,90 @@ static void test_status(void **state)
 	assert_int_equal(status->sequences, 1);
 }
 
+static const struct kind_device device = {
+	.name = "A GPU (0000:01:00.0)", .driver = "1.2, CUDA 13.0", .mps = true, .total = UINT64_C(80) << 30};
+static int usage_status;
+static unsigned usage_calls;
+
+static const struct kind_device *some_about(struct kind *kind)
+{
+	(void)kind;
+	return &device;
+}
+
+static int some_usage(struct kind *kind, uint64_t *ret_bytes)
+{
+	(void)kind;
+	usage_calls++;
+	*ret_bytes = UINT64_C(7) << 30;
+	return usage_status;
+}
+
+/* The pool's kind gets a device, of which the executor asks how much is in use. */
+static void with_device(struct scene *scene, struct kind_ops *ops)
+{
+	struct kind *kind = scene->session->kind;
+
+	assert_false(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_STATUS)->status->has_device_used);
+	*ops = *kind->ops;
+	ops->about = some_about;
+	ops->usage = some_usage;
+	kind->ops = ops;
+	scene->session->server.isolation = "shared";
+	usage_status = 0;
+	usage_calls = 0;
+}
+
+static void test_status_of_a_device(void **state)
+{
+	struct scene *scene = *state;
+	const struct kind_ops *before = scene->session->kind->ops;
+	struct kind_ops ops;
+	const Kvg__Status *status;
+
+	with_device(scene, &ops);
+	status = ask_plain(scene, KVG__ADMIN_REQUEST__BODY_STATUS)->status;
+	assert_string_equal(status->device, "A GPU (0000:01:00.0)");
+	assert_string_equal(status->driver, "1.2, CUDA 13.0");
+	assert_string_equal(status->isolation, "shared");
+	assert_true(status->has_mps && status->mps);
+	assert_true(status->has_device_total && status->has_device_used);
+	assert_int_equal(status->device_total, UINT64_C(80) << 30);
+	assert_int_equal(status->device_used, UINT64_C(7) << 30);
+	assert_int_equal(usage_calls, 1);
+	usage_status = -EIO;
+	status = ask_plain(scene, KVG__ADMIN_REQUEST__BODY_STATUS)->status;
+	assert_true(status->has_device_total);
+	assert_false(status->has_device_used);
+	assert_int_equal(usage_calls, 2);
+	scene->session->kind->ops = before;
+}
+
+/* An operator who goes before the device has answered, and one who asks twice. */
+static void test_status_of_a_device_unread(void **state)
+{
+	struct scene *scene = *state;
+	const struct kind_ops *before = scene->session->kind->ops;
+	struct kind_ops ops;
+	struct session_peer *leaver = session_connect_admin(scene->session);
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__Empty empty = KVG__EMPTY__INIT;
+	uint8_t data[64];
+	size_t size;
+
+	with_device(scene, &ops);
+	request.body_case = KVG__ADMIN_REQUEST__BODY_STATUS;
+	request.status = &empty;
+	size = kvg__admin_request__pack(&request, data);
+	for (unsigned i = 0; i < 3; i++)
+		assert_int_equal(kvg_frame_send(leaver->fd, data, size, NULL, 0), 0);
+	session_peer_free(leaver);
+	assert_int_equal(kvg_frame_send(scene->client->fd, data, size, NULL, 0), 0);
+	assert_true(session_receive(scene->client));
+	assert_int_equal(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_STATUS)->status->device_used, UINT64_C(7) << 30);
+	scene->session->kind->ops = before;
+}
+
 static void test_lists(void **state)
 {
 	struct scene *scene = *state;
@@ -250,6 +334,8 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		ADMIN_TEST(test_status),
+		ADMIN_TEST(test_status_of_a_device),
+		ADMIN_TEST(test_status_of_a_device_unread),
 		ADMIN_TEST(test_lists),
 		ADMIN_TEST(test_large_list),
 		ADMIN_TEST(test_audit),

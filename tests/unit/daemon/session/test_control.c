@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <semaphore.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -255,6 +256,146 @@ static void test_hang_up_while_a_gate_loads(void **state)
 	session_free(session);
 }
 
+/* ---- while the executor is busy ---- */
+
+struct block {
+	struct job job;
+	sem_t go;
+};
+
+static void block_run(struct job *job)
+{
+	assert_int_equal(sem_wait(&list_entry(job, struct block, job)->go), 0);
+}
+
+static void block_done(struct job *job)
+{
+	(void)job;
+}
+
+static void block_executor(struct session *session, struct block *block)
+{
+	*block = (struct block){.job = {.run = block_run, .done = block_done}};
+	assert_int_equal(sem_init(&block->go, 0, 0), 0);
+	executor_submit(session->server.executor, &block->job);
+}
+
+static void send_register(struct session_peer *peer)
+{
+	Kvg__Register registration = KVG__REGISTER__INIT;
+	Kvg__WorkerRequest request = KVG__WORKER_REQUEST__INIT;
+	Kvg__Group group, *groups;
+	Kvg__Layout layout;
+
+	session_layout(&layout, &group, &groups);
+	registration.layout = &layout;
+	request.body_case = KVG__WORKER_REQUEST__BODY_REGISTER_LAYOUT;
+	request.register_layout = &registration;
+	session_send(peer, &request, NULL, 0);
+}
+
+/* The space is opened on the executor; until then entries are refused, and so are other requests that need it. */
+static void test_registration_takes_its_time(void **state)
+{
+	struct session *session = session_new();
+	struct session_peer *peer = session_connect(session, 0);
+	struct block block;
+	Kvg__Group group, *groups;
+	Kvg__Layout layout;
+
+	(void)state;
+	session_hello(peer);
+	block_executor(session, &block);
+	send_register(peer);
+	session_layout(&layout, &group, &groups);
+	expect_error(call_register(peer, &layout, 0), -EBUSY, "register: another request of this worker is under way");
+	expect_error(call_load_gate(peer, NULL, 0), -ENOTCONN, "gate: no layout is registered");
+	session_submit(peer, &(struct kvg_sqe){.op = KVG_OP_CREATE});
+	assert_int_equal(session_reap(peer).status, -ENOTCONN);
+	assert_true(worker_overhead(session_worker(session, 0)) > 0);
+	assert_int_equal(sem_post(&block.go), 0);
+	assert_int_equal(session_reply(peer)->body_case, KVG__WORKER_REPLY__BODY_REGISTERED);
+	assert_int_equal(peer->reply->id, 2);
+	session_submit(peer, &(struct kvg_sqe){.op = KVG_OP_CREATE, .create.context_tokens = 100});
+	assert_int_equal(session_reap(peer).status, 0);
+	session_peer_free(peer);
+	session_free(session);
+	assert_int_equal(sem_destroy(&block.go), 0);
+}
+
+static bool is_closing(struct session *session)
+{
+	return session_worker(session, 0)->closing;
+}
+
+static void test_hang_up_while_registering(void **state)
+{
+	struct session *session = session_new();
+	struct session_peer *peer = session_connect(session, 0);
+	struct block block;
+
+	(void)state;
+	session_hello(peer);
+	block_executor(session, &block);
+	send_register(peer);
+	session_peer_free(peer);
+	session_run(session, is_closing, NULL);
+	assert_int_equal(session->server.worker_count, 1);
+	assert_int_equal(sem_post(&block.go), 0);
+	session_wait_empty(session);
+	session_free(session);
+	assert_int_equal(sem_destroy(&block.go), 0);
+}
+
+/* ---- what the host kind does not have ---- */
+
+static void test_host_kind(void **state)
+{
+	struct session *session = session_new();
+	struct session_peer *peer = session_connect(session, 0);
+	Kvg__Register registration = KVG__REGISTER__INIT;
+	Kvg__ImportBuffer buffer = KVG__IMPORT_BUFFER__INIT;
+	Kvg__ImportEvent event = KVG__IMPORT_EVENT__INIT;
+	Kvg__Release release = KVG__RELEASE__INIT;
+	Kvg__WorkerRequest request = KVG__WORKER_REQUEST__INIT;
+	Kvg__Group group, *groups;
+	Kvg__Layout layout;
+	uint8_t handle[IMPORT_HANDLE] = {0};
+
+	(void)state;
+	session_hello(peer);
+	assert_string_equal(peer->reply->welcome->kind, "host");
+	assert_false(peer->reply->welcome->has_device_uuid);
+	session_layout(&layout, &group, &groups);
+	registration.layout = &layout;
+	registration.has_device_staging_bytes = 1;
+	registration.device_staging_bytes = 4096;
+	request.body_case = KVG__WORKER_REQUEST__BODY_REGISTER_LAYOUT;
+	request.register_layout = &registration;
+	expect_error(session_call(peer, &request, NULL, 0), -EOPNOTSUPP,
+		"staging: 4096 bytes of device memory, the kind is host");
+	registration.device_staging_bytes = ((uint64_t)8 << 30) + 1;
+	expect_error(session_call(peer, &request, NULL, 0), -EINVAL,
+		"staging: 8589934593 bytes of device memory, at most 8589934592");
+	session_register(peer);
+	assert_false(peer->reply->registered->has_device_table_size);
+	session->server.tenants[0]->ipc = true;
+	buffer.handle = event.handle = (ProtobufCBinaryData){.len = sizeof(handle), .data = handle};
+	buffer.size = 1;
+	request.body_case = KVG__WORKER_REQUEST__BODY_IMPORT_BUFFER;
+	request.import_buffer = &buffer;
+	expect_error(
+		session_call(peer, &request, NULL, 0), -EOPNOTSUPP, "import: this daemon's memory is of the kind host");
+	request.body_case = KVG__WORKER_REQUEST__BODY_IMPORT_EVENT;
+	request.import_event = &event;
+	expect_error(session_call(peer, &request, NULL, 0), -EOPNOTSUPP, "import: ");
+	request.body_case = KVG__WORKER_REQUEST__BODY_RELEASE;
+	request.release = &release;
+	expect_error(session_call(peer, &request, NULL, 0), -EOPNOTSUPP, "import: ");
+	session_peer_free(peer);
+	session_free(session);
+}
+
 /* Descriptors where none belong are refused, and closed. */
 static void test_unwanted_descriptors(void **state)
 {
@@ -283,6 +424,9 @@ int main(void)
 		cmocka_unit_test(test_load_gate),
 		cmocka_unit_test(test_gate_of_another_geometry),
 		cmocka_unit_test(test_hang_up_while_a_gate_loads),
+		cmocka_unit_test(test_registration_takes_its_time),
+		cmocka_unit_test(test_hang_up_while_registering),
+		cmocka_unit_test(test_host_kind),
 		cmocka_unit_test(test_unwanted_descriptors),
 	};
 

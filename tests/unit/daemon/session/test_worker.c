@@ -61,7 +61,8 @@ static void test_life(void **state)
 	assert_int_equal(session_reply(peer)->body_case, KVG__WORKER_REPLY__BODY_EXTENTS_ADDED);
 	assert_int_equal(peer->reply->extents_added->n_slots, 2);
 	assert_int_equal(peer->frame.fd_count, 2);
-	assert_int_equal(kind_host.physical(peer->frame.fds[1]), SESSION_EXTENT);
+	assert_int_equal(
+		session->kind->ops->physical(session->kind, peer->frame.fds[1], SESSION_EXTENT), SESSION_EXTENT);
 	assert_int_equal(account->charged, 2 * SESSION_EXTENT);
 	cqe = call(peer, (struct kvg_sqe){.op = KVG_OP_FREE, .seq = sqe.seq});
 	assert_int_equal(cqe.status, 0);
@@ -116,7 +117,8 @@ static void test_wild_entries(void **state)
 		if (i % 2) {
 			sqe.flags = 0;
 			sqe.reserved0 = 0;
-			sqe.reserved1 = sqe.layout = 0;
+			sqe.layout = sqe.wait_event = 0;
+			sqe.wait_value = sqe.signal_value = 0;
 			sqe.seq = (uint64_t)1 << 32;
 			sqe.generation = 0;
 		}

@@ -10,6 +10,7 @@
 struct fixture {
 	struct loop *loop;
 	struct executor *executor;
+	struct kind *kind;
 	struct pool *pool;
 };
 
@@ -21,7 +22,8 @@ static int setup(void **state)
 		return -1;
 	assert_int_equal(loop_new(&f->loop), 0);
 	assert_int_equal(executor_new(f->loop, &f->executor), 0);
-	assert_int_equal(pool_new(f->loop, f->executor, &kind_host, 1 << 20, 64 << 10, &f->pool), 0);
+	assert_int_equal(kind_host_new(&f->kind), 0);
+	assert_int_equal(pool_new(f->loop, f->executor, f->kind, 1 << 20, 64 << 10, &f->pool), 0);
 	*state = f;
 	return 0;
 }
@@ -32,6 +34,7 @@ static int teardown(void **state)
 
 	(void)executor_free(f->executor);
 	(void)pool_free(f->pool);
+	(void)kind_free(f->kind);
 	(void)loop_free(f->loop);
 	free(f);
 	return 0;

@@ -92,6 +92,14 @@ static void assert_printed(const char *name, const ProtobufCMessage *answer, con
 	free(text);
 }
 
+static void assert_not_printed(const char *name, const ProtobufCMessage *answer, const char *what)
+{
+	char *text = printed(name, answer);
+
+	assert_null(strstr(text, what));
+	free(text);
+}
+
 /* Every column of every table names a field that is there and fits: printing fails else. */
 static void test_every_table(void **state)
 {
@@ -113,6 +121,15 @@ static void test_every_table(void **state)
 	assert_printed("status", &status.base,
 		(const char *const[]){
 			"version         9.8.7\n", "state directory /run/kvgate/search.sock\n", "5.0 MiB\n", NULL});
+	status.device = model;
+	status.isolation = name;
+	status.has_mps = status.has_device_total = status.mps = 1;
+	status.device_total = UINT64_C(80) << 30;
+	assert_printed("status", &status.base,
+		(const char *const[]){"device          pilot\n", "device memory   80.0 GiB\n", "MPS client      yes\n",
+			"isolation       search\n", NULL});
+	assert_not_printed("status", &status.base, "device in use");
+	assert_not_printed("status", &status.base, "driver");
 	tenant.name = name;
 	tenant.socket = socket;
 	tenant.refusals = 4711;

@@ -40,6 +40,10 @@ static void test_cell_formats(void **state)
 	sequence.level = 44;
 	assert_cell(&sequence.base, "level", COLUMN_LEVEL, "44");
 	assert_cell(&status.base, "uptime_ms", COLUMN_DURATION, "1d 02:03:04");
+	status.has_mps = 1;
+	assert_cell(&status.base, "mps", COLUMN_FLAG, "no");
+	status.mps = 1;
+	assert_cell(&status.base, "mps", COLUMN_FLAG, "yes");
 }
 
 static void test_cell_refusals(void **state)

@@ -1,0 +1,47 @@
+/*
+ * compute.h - the work on a worker's pairs that each kind does its own way: scores, the steps of an eviction, and
+ * what a worker's kernels read. On the host the kernels of kernels/host do it over mapped memory; on cuda
+ * launches on the worker's stream do.
+ *
+ * All functions run on the executor. One that takes a request starts its work and returns 0 or a negative errno;
+ * the work is done when it returns (host), or when poll() has said so and finish() was called (cuda).
+ */
+#ifndef KVG_COMPUTE_H
+#define KVG_COMPUTE_H
+
+#include "daemon/sequence/space.h"
+
+struct compute_ops {
+	/* What a space needs besides its extents; undone by close(). 0 or a negative errno with text. */
+	int (*open)(struct space *space, const struct space_memory *memory, char *text);
+	void (*close)(struct space *space);
+	int (*select)(struct request *request);  /* SELECT of the request's eviction: fills kept[], and evict_count() */
+	int (*mark)(struct request *request);    /* MARK: fills holes[] and stripe_kept[] */
+	int (*move)(struct request *request);    /* MOVE of the step that was planned */
+	int (*score)(struct request *request);   /* STAGE: a slice of the rows, from request->layer and row on */
+	int (*publish)(struct request *request); /* rows and lengths that request->publish names; NULL: nothing to do */
+	int (*event)(const struct space *space, void *event); /* 0: it has happened; -EAGAIN: not yet */
+	/* How a job ends that only starts its work: executor.h. NULL: each is done when it returns. */
+	bool (*poll)(struct job *job);
+};
+
+extern const struct compute_ops compute_host;
+#ifdef KVG_HAS_CUDA
+extern const struct compute_ops compute_cuda;
+#endif
+
+/* Runs launch(request) on the executor, then done() on the reactor; its status is in request->job_status. */
+void compute_submit(struct request *request, int (*launch)(struct request *), void (*done)(struct job *));
+
+/* Publishes what request->publish names, then calls after(request); at once where there is nothing to do. */
+void compute_publish(struct request *request, void (*after)(struct request *));
+
+/*
+ * Waits on the executor for what the entry names (wait_value, wait_event), then calls after(request): with
+ * job_status 0, or -ETIME when the deadline passed. The executor looks at the counter
+ * itself: a stream of the daemon never waits for a tenant's, behind which others could queue up.
+ */
+void compute_wait(struct request *request, void (*after)(struct request *));
+bool compute_must_wait(const struct request *request);
+
+#endif

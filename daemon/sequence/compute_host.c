@@ -1,0 +1,44 @@
+/* The host kind's work: kernels/host over mapped memory, done when a function returns. */
+#include "daemon/sequence/compute.h"
+
+#include "daemon/sequence/evict.h"
+#include "daemon/sequence/score.h"
+
+static int host_open(struct space *space, const struct space_memory *memory, char *text)
+{
+	(void)space;
+	(void)memory;
+	(void)text;
+	return 0;
+}
+
+static int host_select(struct request *request)
+{
+	int r = evict_survey(request->sequence, request->evict);
+
+	if (r >= 0)
+		r = evict_select(request->sequence, request->evict);
+	if (r >= 0)
+		evict_count(request->sequence, request->evict);
+	return r;
+}
+
+static int host_mark(struct request *request)
+{
+	evict_mark(request->sequence, request->evict);
+	return 0;
+}
+
+static int host_move(struct request *request)
+{
+	evict_move(request->sequence, request->evict);
+	return 0;
+}
+
+const struct compute_ops compute_host = {
+	.open = host_open,
+	.select = host_select,
+	.mark = host_mark,
+	.move = host_move,
+	.score = score_slice,
+};

@@ -1,0 +1,100 @@
+/*
+ * cuda.h - the cuda kind's work for one worker: a stream, the kernels, buffers, and where the worker's kernels read.
+ *
+ * The stream is a lane: one request's work is on it at a time, so the buffers are its own from launch() to
+ * finish(). All of it is the executor's.
+ */
+#ifndef KVG_SEQUENCE_CUDA_H
+#define KVG_SEQUENCE_CUDA_H
+
+#include "daemon/memory/cuda.h"
+#include "daemon/sequence/compute.h"
+#include "kernels/cuda/evict.h"
+#include "kernels/cuda/gate.h"
+#include "kernels/cuda/maxima.h"
+#include "kernels/cuda/select.h"
+
+/* Memory that grows: contents are lost when it does. */
+struct cuda_buffer {
+	uint8_t *at; /* host address of pinned memory, device address of device memory */
+	size_t size;
+	bool pinned;
+};
+
+enum cuda_buffers {
+	CUDA_UPLOAD,   /* pinned: what goes to the device */
+	CUDA_READBACK, /* pinned: what comes from it */
+	CUDA_INPUT,    /* device: what was uploaded for the request at hand */
+	CUDA_EVICT,    /* device: rows and blocks of the eviction under way */
+	CUDA_SCORES,   /* device: candidates' scores, or scores of staged rows */
+	CUDA_KEEP,     /* device: decisions */
+	CUDA_COUNTS,   /* device: what is read back */
+	CUDA_LISTS,    /* device: survivors and holes */
+	CUDA_ROWS,     /* device: staged rows that lay on the host */
+	CUDA_GATE,     /* device: scratch of the gate */
+	CUDA_BUFFERS,
+};
+
+/* What one eviction keeps on the device between its jobs. */
+struct cuda_eviction {
+	struct kvg_cuda_rows rows;
+	struct kvg_cuda_scope scope;
+	struct kvg_cuda_kept kept;
+	struct kvg_cuda_counts counts;
+	struct kvg_cuda_lists lists;
+	uint32_t *found; /* device */
+};
+
+struct compute_device {
+	struct kind *kind;
+	const struct kvg_cuda *cuda;
+	const struct cuda_kernels *kernels; /* shared with the device's other workers */
+	CUstream stream;
+	struct request *owner; /* whose work is on the stream */
+	uint64_t *flag;        /* pinned: raised by the stream */
+	uint64_t flag_value, asked_ns;
+	bool registered; /* the staging memfd's mapping */
+	uint8_t *staging_base;
+	CUdeviceptr staging_rows; /* of the memfd's rows */
+	CUdeviceptr sync;         /* of struct kvg_sync */
+	uint8_t *table, *staging; /* device memory that the worker maps too */
+	void *select_scratch;     /* device */
+	struct cuda_buffer buffers[CUDA_BUFFERS];
+	struct cuda_eviction eviction;
+};
+
+/* Kernels of one device, loaded with its first worker. */
+struct cuda_kernels {
+	const struct kvg_cuda *cuda;
+	struct kvg_cuda_evict *evict;
+	struct kvg_cuda_select *select;
+	struct kvg_cuda_maxima *maxima;
+	struct kvg_cuda_gate_kernels *gate;
+};
+
+/* Loads them with the first call. NULL when that fails (reported to the kind). */
+const struct cuda_kernels *cuda_kernels(struct kind *kind);
+
+/* The buffer with room for `size` bytes. NULL when there is no memory. Nothing of the lane's is in flight. */
+uint8_t *cuda_buffer(struct compute_device *device, enum cuda_buffers which, size_t size);
+
+/* Enqueues the copy of `size` bytes of the upload buffer to a device buffer. */
+CUresult cuda_upload(const struct compute_device *device, void *to, size_t size);
+
+/* 0, or a negative errno after reporting a failure to the kind. */
+int cuda_status(const struct compute_device *device, CUresult result, const char *what);
+
+/* Where the worker's blocks and their pairs lie. */
+struct kvg_cuda_area cuda_area(const struct space *space);
+
+/* cuda_evict.c and cuda_score.c: see compute.h. */
+int cuda_select(struct request *request);
+int cuda_mark(struct request *request);
+int cuda_move(struct request *request);
+int cuda_score(struct request *request);
+int cuda_publish(struct request *request);
+
+/* Enqueues raising the sequence's semaphore, when the entry asks for it. */
+CUresult cuda_signal(const struct request *request);
+
+#endif

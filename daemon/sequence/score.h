@@ -1,0 +1,13 @@
+/* score.h - staged rows of the host kind become scores in the places of their pairs. */
+#ifndef KVG_SCORE_H
+#define KVG_SCORE_H
+
+#include "daemon/sequence/space.h"
+
+/* A slice of the rows, so that the jobs of others get their turn. On the executor. 0 or -ENOMEM. */
+int score_slice(struct request *request);
+
+/* Whether all rows of the request are scored. */
+bool score_is_complete(const struct request *request);
+
+#endif
