@@ -1,4 +1,6 @@
 #include "tools/bench/bench.h"
+#include "tools/bench/churn.h"
+#include "tools/bench/insitu.h"
 #include "tools/bench/ipc.h"
 
 #include <cblas.h>
@@ -17,6 +19,13 @@ static const struct command commands[] = {
 	{"check-prefill", "FILE", "prefill eviction against the masks in FILE", bench_check_prefill},
 	{"check-decode", "FILE", "decode eviction against the held positions in FILE", bench_check_decode},
 	{"ipc", "--socket S [--json]", "round trips through the rings, with 10 and 10,000 idle sequences", bench_ipc},
+	{"gpu", "[--json F] [--only P]", "the kernels of the kind cuda, next to the machine's floor and to rivals",
+		bench_gpu},
+	{"churn", "[--kind K] ...", "workers of three tenants at random at 95% of a pool, every byte checked",
+		bench_churn},
+	{"insitu", "[--sequences N] ...", "what scoring and eviction cost a worker that decodes", bench_insitu},
+	{"timeline", "[--json F] [--svg F]", "that a worker's stream meets its evictions without its CPU",
+		bench_timeline},
 };
 
 #define COMMANDS (sizeof(commands) / sizeof(*commands))

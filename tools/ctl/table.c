@@ -46,6 +46,8 @@ static bool format_fits(enum column_format format, ProtobufCType type)
 		return type == PROTOBUF_C_TYPE_STRING;
 	if (format == COLUMN_RATIO)
 		return type == PROTOBUF_C_TYPE_DOUBLE;
+	if (format == COLUMN_FLAG)
+		return type == PROTOBUF_C_TYPE_BOOL;
 	return type == PROTOBUF_C_TYPE_UINT32 || type == PROTOBUF_C_TYPE_UINT64;
 }
 
@@ -83,6 +85,9 @@ int table_cell(const ProtobufCMessage *message, const struct column *column, cha
 		break;
 	case COLUMN_LEVEL:
 		format_level(field_uint(&field, 0), text);
+		break;
+	case COLUMN_FLAG:
+		(void)snprintf(text, TABLE_CELL, "%s", field_uint(&field, 0) ? "yes" : "no");
 		break;
 	}
 	return 0;
@@ -138,23 +143,40 @@ int table_print_rows(FILE *out, const ProtobufCMessage *const *rows, size_t row_
 	return table_flush(table, out);
 }
 
+static bool is_unset(const ProtobufCMessage *message, const struct column *column)
+{
+	struct field field;
+
+	return field_named(message, column->field, &field) == 0 && field.about->label == PROTOBUF_C_LABEL_OPTIONAL &&
+	       field.count == 0;
+}
+
+static int add_record_line(struct libscols_table *table, const ProtobufCMessage *message, const struct column *column)
+{
+	struct libscols_line *line = scols_table_new_line(table, NULL);
+	char text[TABLE_CELL];
+	int r = line ? table_cell(message, column, text) : -ENOMEM;
+
+	if (r < 0)
+		return r;
+	if (scols_line_set_data(line, 0, column->heading) < 0 || scols_line_set_data(line, 1, text) < 0)
+		return -ENOMEM;
+	return 0;
+}
+
 int table_print_record(FILE *out, const ProtobufCMessage *message, const struct column *columns, size_t column_count)
 {
 	_cleanup_table_ struct libscols_table *table = table_new(out);
-	char text[TABLE_CELL];
 
 	if (!table || scols_table_enable_noheadings(table, 1) < 0)
 		return -ENOMEM;
 	if (!scols_table_new_column(table, "name", 0, 0) || !scols_table_new_column(table, "value", 0, 0))
 		return -ENOMEM;
 	for (size_t c = 0; c < column_count; c++) {
-		struct libscols_line *line = scols_table_new_line(table, NULL);
-		int r = line ? table_cell(message, &columns[c], text) : -ENOMEM;
+		int r = is_unset(message, &columns[c]) ? 0 : add_record_line(table, message, &columns[c]);
 
 		if (r < 0)
 			return r;
-		if (scols_line_set_data(line, 0, columns[c].heading) < 0 || scols_line_set_data(line, 1, text) < 0)
-			return -ENOMEM;
 	}
 	return table_flush(table, out);
 }

@@ -19,6 +19,7 @@ enum column_format {
 	COLUMN_RATIO,    /* double: "0.300" */
 	COLUMN_HANDLE,   /* sequence handle: "EPOCH:SLOT" */
 	COLUMN_LEVEL,    /* enum kvg_level by name, or the number */
+	COLUMN_FLAG,     /* bool: "yes" or "no" */
 };
 
 struct column {
@@ -39,7 +40,10 @@ int table_cell(const ProtobufCMessage *message, const struct column *column, cha
 int table_print_rows(FILE *out, const ProtobufCMessage *const *rows, size_t row_count, const struct column *columns,
 	size_t column_count);
 
-/* Prints one message, a line for each column: heading, value. Errors as table_print_rows(). */
+/*
+ * Prints one message, a line for each column: heading, value; none for an optional field that is not set. Errors as
+ * table_print_rows().
+ */
 int table_print_record(FILE *out, const ProtobufCMessage *message, const struct column *columns, size_t column_count);
 
 #endif

@@ -1,0 +1,171 @@
+#include "tools/bench/insitu_worker.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define STAGING ((uint64_t)32 << 20)
+#define WAIT_MS 60000
+
+int rig_client(const struct rig *rig, int r, const char *what)
+{
+	if (r < 0)
+		(void)fprintf(stderr, "kvgate-bench: %s: %s: %s\n", what, strerror(-r),
+			rig->client ? kvg_error(rig->client) : "");
+	return r;
+}
+
+int rig_driver(const struct rig *rig, CUresult result, const char *what)
+{
+	return synthetic_result(rig->synthetic, result, what);
+}
+
+/* ---- MPS ---- */
+
+/* A control daemon of our own: processes that inherit these variables are its server's clients. */
+static int start_mps(struct rig *rig)
+{
+	(void)snprintf(rig->mps_dir, sizeof(rig->mps_dir), "/tmp/kvgate-mps.XXXXXX");
+	if (!mkdtemp(rig->mps_dir))
+		return -errno;
+	(void)setenv("CUDA_MPS_PIPE_DIRECTORY", rig->mps_dir, 1);
+	(void)setenv("CUDA_MPS_LOG_DIRECTORY", rig->mps_dir, 1);
+	if (system("nvidia-cuda-mps-control -d") != 0) {
+		(void)fprintf(stderr, "kvgate-bench: nvidia-cuda-mps-control does not start\n");
+		return -ENOENT;
+	}
+	rig->mps = true;
+	return 0;
+}
+
+static void stop_mps(struct rig *rig)
+{
+	char command[SERVICE_PATH + 16];
+
+	if (rig->mps && system("echo quit | nvidia-cuda-mps-control >/dev/null 2>&1") != 0)
+		(void)fprintf(stderr, "kvgate-bench: the MPS server did not end\n");
+	(void)snprintf(command, sizeof(command), "rm -rf -- '%s'", rig->mps_dir);
+	if (rig->mps_dir[0])
+		(void)!system(command);
+	(void)unsetenv("CUDA_MPS_PIPE_DIRECTORY");
+	(void)unsetenv("CUDA_MPS_LOG_DIRECTORY");
+}
+
+/* ---- the parts ---- */
+
+static int start_service(struct rig *rig, const struct rig_options *options)
+{
+	char config[512], extent[64] = "";
+	int r;
+
+	if (options->extent)
+		(void)snprintf(extent, sizeof(extent), "extent_size = %llu\n", (unsigned long long)options->extent);
+	(void)snprintf(config, sizeof(config),
+		"[pool]\nkind = cuda\ndevice.index = %d\ndevice.size = %llu\n%s[daemon]\nwait_ms = %d\n"
+		"[tenant a]\nsocket = a.sock\nipc = yes\n",
+		options->device, (unsigned long long)options->pool, extent, WAIT_MS);
+	r = service_start(&rig->service, options->kvgated, config);
+	return r < 0 ? r : service_status(&rig->service, &rig->status);
+}
+
+static void make_layout(struct kvg_layout *layout, const struct rig_options *options)
+{
+	*layout = (struct kvg_layout){.model = "kvgate-bench",
+		.hidden_dim = MODEL_HIDDEN,
+		.group_count = 1,
+		.max_sequences = options->sequences,
+		.max_tokens = options->max_tokens};
+	layout->groups[0] = (struct kvg_group){.kind = KVG_GROUP_GLOBAL,
+		.layers = options->layers,
+		.head_count = MODEL_HEADS,
+		.head_total = MODEL_HEADS,
+		.world = 1,
+		.k_dim = MODEL_DIM,
+		.v_dim = MODEL_DIM,
+		.k_dtype = KVG_BF16,
+		.v_dtype = KVG_BF16,
+		.block_tokens = KVG_BLOCK_TOKENS,
+		.query_heads = MODEL_GROUP};
+}
+
+static int load_gate(struct rig *rig, const struct rig_options *options)
+{
+	char path[SERVICE_PATH];
+	int r = model_write_gate(service_path(&rig->service, "gate.safetensors", path), options->layers);
+
+	if (r == 0)
+		r = rig_client(rig, kvg_load_gate(rig->client, path), "gate");
+	(void)unlink(path);
+	return r;
+}
+
+static int open_client(struct rig *rig, const struct rig_options *options)
+{
+	char path[SERVICE_PATH], text[SERVICE_TEXT] = "";
+	struct kvg_layout layout;
+	int r = kvg_connect(
+		service_path(&rig->service, "a.sock", path), "kvgate-bench", &rig->client, text, sizeof(text));
+
+	if (r < 0) {
+		(void)fprintf(stderr, "kvgate-bench: %s\n", text);
+		return r;
+	}
+	make_layout(&layout, options);
+	r = rig_client(rig, kvg_set_stream(rig->client, rig->synthetic->stream), "stream");
+	if (r == 0)
+		r = rig_client(rig, kvg_register(rig->client, &layout, STAGING), "register");
+	if (r == 0)
+		r = rig_client(rig, kvg_view(rig->client, &rig->view), "view");
+	return r == 0 ? load_gate(rig, options) : r;
+}
+
+int rig_open(struct rig *rig, const struct rig_options *options)
+{
+	int r;
+
+	*rig = (struct rig){.mps = false};
+	r = options->mps ? start_mps(rig) : 0;
+	if (r == 0)
+		r = start_service(rig, options);
+	if (r == 0)
+		r = synthetic_open(options->device, &rig->synthetic);
+	if (r == 0)
+		r = open_client(rig, options);
+	if (r == 0)
+		r = model_new(rig->synthetic, options->layers, options->rows, options->wide, &rig->model);
+	return r;
+}
+
+int rig_close(struct rig *rig)
+{
+	int r;
+
+	if (rig->synthetic)
+		(void)rig->synthetic->cuda->driver->cuStreamSynchronize(rig->synthetic->stream);
+	rig->model = model_free(rig->model);
+	rig->client = kvg_close(rig->client);
+	rig->synthetic = synthetic_close(rig->synthetic);
+	r = service_stop(&rig->service);
+	stop_mps(rig);
+	return r;
+}
+
+int rig_stage_scores(struct rig *rig, uint64_t seq, uint32_t layers, uint32_t pos, uint32_t count, uint64_t *random)
+{
+	float *scores = malloc((size_t)count * MODEL_HEADS * sizeof(*scores));
+	int r = scores ? 0 : -ENOMEM;
+
+	for (uint32_t layer = 0; r == 0 && layer < layers; layer++) {
+		for (uint32_t i = 0; i < count * MODEL_HEADS; i++) {
+			*random = *random * 6364136223846793005u + 1442695040888963407u;
+			/* Some heads matter more than others, so that rows differ in length. */
+			scores[i] =
+				(float)(*random >> 40) / (float)(1 << 24) * (float)(1 + i % MODEL_HEADS) / MODEL_HEADS;
+		}
+		r = kvg_stage_scores(rig->client, seq, layer, pos, count, scores);
+	}
+	free(scores);
+	return rig_client(rig, r, "scores");
+}
