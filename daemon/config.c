@@ -23,20 +23,25 @@
 #define EXTENT_MIN_CUDA (UINT64_C(2) << 20)   /* what GPUs map at least */
 #define EXTENT_MAX      (UINT64_C(1) << 30)
 #define EXTENT_COUNT    2000 /* about, when the size is ours to choose */
-#define SPIN_US_DEFAULT 50
-#define SPIN_US_MAX     1000000
-#define WAIT_MS_DEFAULT 10000
-#define WAIT_MS_MAX     600000
-#define INDEX_MAX       1023
-#define TENANT_NAME_MAX 64
-#define SOCKET_MAX      (sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1)
-#define PASSWD_BUFFER   16384
-#define SECTION_MAX     128
-#define KEY_DEVICE_SIZE 0 /* of keys[] */
-#define KEY_EXTENT_SIZE 1
-#define KEY_INDEX       2
-#define SPACES          " \t\r\v\f"
-#define ARRAY_SIZE(a)   (sizeof(a) / sizeof((a)[0]))
+
+/* A GPU takes as long to create and export a large extent as a small one: fewer, up to a size that still returns well.
+ */
+#define EXTENT_COUNT_CUDA 512
+#define EXTENT_LARGE_CUDA (UINT64_C(64) << 20)
+#define SPIN_US_DEFAULT   50
+#define SPIN_US_MAX       1000000
+#define WAIT_MS_DEFAULT   10000
+#define WAIT_MS_MAX       600000
+#define INDEX_MAX         1023
+#define TENANT_NAME_MAX   64
+#define SOCKET_MAX        (sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1)
+#define PASSWD_BUFFER     16384
+#define SECTION_MAX       128
+#define KEY_DEVICE_SIZE   0 /* of keys[] */
+#define KEY_EXTENT_SIZE   1
+#define KEY_INDEX         2
+#define SPACES            " \t\r\v\f"
+#define ARRAY_SIZE(a)     (sizeof(a) / sizeof((a)[0]))
 
 enum section { SECTION_NONE, SECTION_POOL, SECTION_DAEMON, SECTION_ADMIN, SECTION_TENANT };
 
@@ -470,10 +475,14 @@ static void parse(struct parser *parser)
 
 static uint64_t default_extent(const struct config *config)
 {
-	uint64_t size = config->kind == CONFIG_CUDA ? EXTENT_MIN_CUDA : EXTENT_DEFAULT;
+	bool cuda = config->kind == CONFIG_CUDA;
+	uint64_t size = cuda ? EXTENT_MIN_CUDA : EXTENT_DEFAULT, count;
 
-	while (size < EXTENT_MAX && size < config->device_size / EXTENT_COUNT)
-		size *= 2;
+	for (; size < EXTENT_MAX; size *= 2) {
+		count = cuda && size < EXTENT_LARGE_CUDA ? EXTENT_COUNT_CUDA : EXTENT_COUNT;
+		if (size >= config->device_size / count)
+			break;
+	}
 	return size;
 }
 

@@ -37,7 +37,8 @@ struct config {
 	uint32_t device_index; /* cuda: the GPU's ordinal; default 0 */
 	uint64_t device_size;
 	uint64_t extent_size; /* a power of two, 64 KiB (cuda: 2 MiB) to 1 GiB; default: grows with the pool, at most
-				 about 2000 extents, at least 256 KiB (cuda: 2 MiB) */
+				 about 2000 extents, at least 256 KiB (cuda: about 512 and at least 2 MiB, and from
+				 64 MiB on about 2000) */
 	uint32_t spin_us;     /* default 50 */
 	enum config_isolation isolation; /* default shared */
 	uint32_t wait_ms;                /* default 10000 */

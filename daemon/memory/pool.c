@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#define SLICE_NS 500000u    /* of the executor for one batch, then the jobs of others have their turn */
 #define RETRY_NS 100000000u /* between attempts to destroy an extent that a stale mapping keeps alive */
 
 static void retry_busy(void *user);
@@ -206,34 +207,62 @@ static int create_one(struct pool *pool, struct extent *extent)
 	return r;
 }
 
-static void create_run(struct job *job)
+static void destroy_one(struct pool *pool, struct extent *extent)
+{
+	struct kind *kind = pool->kind;
+
+	if (extent->fd < 0)
+		return;
+	(void)kind->ops->unmap(kind, extent_address(extent), extent->arena->extent_size);
+	meta_forget_places(pool->meta, extent->index);
+	if (kind->ops->destroy(kind, extent->fd, extent->arena->extent_size) == 0)
+		extent->fd = -1;
+}
+
+static void batch_run(struct job *job)
 {
 	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
 
-	for (struct list *node = batch->extents.next; node != &batch->extents; node = node->next) {
-		int r = create_one(batch->pool, list_entry(node, struct extent, node));
+	batch->next = batch->extents.next;
+}
+
+/* The next extent of the batch that a poll takes on, within its slice of time; NULL when the slice or the batch is
+ * over.
+ */
+static struct extent *batch_next(struct extent_batch *batch, uint64_t begun)
+{
+	struct list *node = batch->next;
+
+	if (node == &batch->extents || loop_now() - begun > SLICE_NS)
+		return NULL;
+	batch->next = node->next;
+	return list_entry(node, struct extent, node);
+}
+
+static bool create_poll(struct job *job)
+{
+	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
+	const uint64_t begun = loop_now();
+	struct extent *extent;
+
+	while ((extent = batch_next(batch, begun))) {
+		int r = create_one(batch->pool, extent);
 
 		if (r < 0 && !batch->status)
 			batch->status = r;
 	}
+	return batch->next == &batch->extents;
 }
 
-static void destroy_run(struct job *job)
+static bool destroy_poll(struct job *job)
 {
 	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
-	struct pool *pool = batch->pool;
-	struct kind *kind = pool->kind;
+	const uint64_t begun = loop_now();
+	struct extent *extent;
 
-	for (struct list *node = batch->extents.next; node != &batch->extents; node = node->next) {
-		struct extent *extent = list_entry(node, struct extent, node);
-
-		if (extent->fd < 0)
-			continue;
-		(void)kind->ops->unmap(kind, extent_address(extent), extent->arena->extent_size);
-		meta_forget_places(pool->meta, extent->index);
-		if (kind->ops->destroy(kind, extent->fd, extent->arena->extent_size) == 0)
-			extent->fd = -1;
-	}
+	while ((extent = batch_next(batch, begun)))
+		destroy_one(batch->pool, extent);
+	return batch->next == &batch->extents;
 }
 
 static void create_done(struct job *job)
@@ -276,16 +305,14 @@ static void destroy_done(struct job *job)
 
 void extent_batch_create(struct extent_batch *batch)
 {
-	batch->job.run = create_run;
-	batch->job.done = create_done;
+	batch->job = (struct job){.run = batch_run, .poll = create_poll, .done = create_done};
 	batch->pool->batches++;
 	executor_submit(batch->pool->executor, &batch->job);
 }
 
 void extent_batch_destroy(struct extent_batch *batch)
 {
-	batch->job.run = destroy_run;
-	batch->job.done = destroy_done;
+	batch->job = (struct job){.run = batch_run, .poll = destroy_poll, .done = destroy_done};
 	batch->pool->batches++;
 	executor_submit(batch->pool->executor, &batch->job);
 }

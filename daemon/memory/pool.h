@@ -126,6 +126,7 @@ struct extent_batch {
 	struct job job;
 	struct pool *pool;
 	struct list extents;
+	struct list *next; /* the executor's: where it goes on */
 	uint32_t count;
 	int status;
 	void (*done)(struct extent_batch *batch);

@@ -81,6 +81,7 @@ static void buffer_free(const struct compute_device *device, struct cuda_buffer 
 		(void)driver->cuMemFreeHost(buffer->at);
 	else if (buffer->at)
 		(void)driver->cuMemFree((CUdeviceptr)(uintptr_t)buffer->at);
+	atomic_fetch_sub_explicit(&device->space->scratch, buffer->size, memory_order_relaxed);
 	*buffer = (struct cuda_buffer){0};
 }
 
@@ -107,6 +108,7 @@ uint8_t *cuda_buffer(struct compute_device *device, enum cuda_buffers which, siz
 		return NULL;
 	buffer->at = buffer->pinned ? host : (uint8_t *)(uintptr_t)at;
 	buffer->size = room;
+	atomic_fetch_add_explicit(&device->space->scratch, room, memory_order_relaxed);
 	return buffer->at;
 }
 
@@ -287,6 +289,7 @@ static int cuda_open(struct space *space, const struct space_memory *memory, cha
 	if (!device)
 		return -ENOMEM;
 	space->device.compute = device;
+	device->space = &space->device;
 	device->kind = space->pool->kind;
 	device->cuda = device->kind->ops->device(device->kind);
 	r = cuda_status(device, kvg_cuda_enter(device->cuda), "entering the context");

@@ -46,6 +46,7 @@ struct cuda_eviction {
 };
 
 struct compute_device {
+	struct space_device *space;
 	struct kind *kind;
 	const struct kvg_cuda *cuda;
 	const struct cuda_kernels *kernels; /* shared with the device's other workers */

@@ -23,7 +23,9 @@ static void over(struct request *request)
 	request->evict = evict_free(request->evict);
 	space->evicting = NULL;
 	space->evict_reserve = 0;
-	space_return_spare(space);
+	space->decoding = request->sqe.evict.mode == KVG_EVICT_DECODE;
+	if (list_empty(&space->evict_queue)) /* else the next one may want them */
+		space_return_spare(space);
 	request_finish(request);
 	next = space->evicting ? NULL : list_pop(&space->evict_queue);
 	if (next)

@@ -141,6 +141,7 @@ static int make_on_device(
 	if (result == CUDA_SUCCESS)
 		set->device = kvg_cuda_gate_new(kernels->gate, weights, set->layers, &result);
 	if (result == CUDA_SUCCESS) {
+		set->device_bytes = kvg_cuda_gate_bytes(set->device);
 		for (uint32_t i = 0; i < set->layers; i++)
 			set->folded += kvg_cuda_gate_folded(set->device, i);
 		return 0;

@@ -14,6 +14,7 @@ struct kvg_cuda_gate;
 struct gate_set {
 	uint32_t layers, folded, width;
 	struct kvg_cuda_gate *device; /* cuda: all layers' weights on the device */
+	uint64_t device_bytes;        /* of them */
 	struct kvg_gate *gates[];     /* host */
 };
 

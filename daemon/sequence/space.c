@@ -121,7 +121,8 @@ void space_set_gates(struct space *space, struct gate_set *gates)
 
 uint64_t space_overhead(const struct space *space)
 {
-	return table_physical(&space->table);
+	return table_physical(&space->table) + (space->gates ? space->gates->device_bytes : 0) +
+	       atomic_load_explicit(&space->device.scratch, memory_order_relaxed);
 }
 
 /* ---- the end of a space ---- */
@@ -520,17 +521,30 @@ int space_try_grow(struct request *request, uint32_t extents, const char *what, 
 	return 0;
 }
 
+/*
+ * While sequences decode, their evictions free extents that their next tokens take again: those that the worker has a
+ * right to draw anyway stay. Their refund would become promise at once, so nobody else has less by it.
+ */
+static uint32_t spare_to_keep(const struct space *space)
+{
+	uint64_t promised = space->part.worker->promised / space->arena->extent_size;
+
+	if (!space->decoding || space->rights <= promised)
+		return 0;
+	return space->rights - promised < UINT32_MAX ? (uint32_t)(space->rights - promised) : UINT32_MAX;
+}
+
 void space_return_spare(struct space *space)
 {
-	uint32_t slots[1024];
+	uint32_t slots[1024], keep = spare_to_keep(space);
 
-	while (!space->evicting && !list_empty(&space->blocks.spare)) {
+	while (!space->evicting && space->blocks.spare_count > keep) {
 		uint32_t count = 0;
 		struct list taken, *node;
 
 		list_init(&taken);
-		while (count < 1024 && (node = list_pop(&space->blocks.spare))) {
-			struct extent *extent = list_entry(node, struct extent, node);
+		while (count < 1024 && space->blocks.spare_count - count > keep) {
+			struct extent *extent = list_entry(list_pop(&space->blocks.spare), struct extent, node);
 
 			slots[count++] = extent->meta->slot;
 			extent->meta->state = META_DROPPED;

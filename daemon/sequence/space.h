@@ -89,6 +89,7 @@ struct space_memory {
 struct space_device {
 	int table_fd, staging_fd;
 	uint64_t table_size, ids_offset, staging_size;
+	_Atomic uint64_t scratch;       /* bytes of buffers */
 	struct compute_device *compute; /* the kind's own */
 };
 
@@ -117,6 +118,7 @@ struct space {
 	uint32_t epoch;
 	struct list evict_queue;
 	struct request *evicting;
+	bool decoding;          /* the last eviction was one of decoding */
 	uint64_t evict_reserve; /* free blocks that only the eviction under way may take */
 	unsigned jobs;          /* requests and batches on the executor */
 	atomic_bool dying;
@@ -150,7 +152,7 @@ void space_submit(struct space *space, struct request *request);
 /* The gate for HIDDEN rows; the space owns it from now on. */
 void space_set_gates(struct space *space, struct gate_set *gates);
 
-/* Bytes of tables. */
+/* Bytes of tables, gates and buffers, but for what space->device says. */
 uint64_t space_overhead(const struct space *space);
 
 /* ---- for the operations (reserve.c, score.c, evict.c) ---- */
@@ -174,7 +176,10 @@ void request_fail(struct request *request, int status, const char *format, ...) 
  */
 int space_try_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *));
 
-/* Asks the worker to unmap the extents that hold nothing any more (not while an eviction may want them). */
+/*
+ * Asks the worker to unmap the extents that hold nothing any more, but for those that its decoding sequences take again
+ * (not while an eviction may want them).
+ */
 void space_return_spare(struct space *space);
 
 /* The block of index `index` of a row. */

@@ -125,7 +125,7 @@ static void test_cuda(void **state)
 		&config);
 	assert_int_equal(config.kind, CONFIG_CUDA);
 	assert_int_equal(config.device_index, 3);
-	assert_int_equal(config.extent_size, 32 << 20);
+	assert_int_equal(config.extent_size, 64 << 20);
 	assert_int_equal(config.isolation, CONFIG_STRICT);
 	assert_int_equal(config.wait_ms, 600000);
 	assert_true(config.tenants[0].ipc);
@@ -150,8 +150,10 @@ static void test_default_extent(void **state)
 		uint64_t extent;
 	} cases[] = {
 		{"64M\nkind = cuda", 2 << 20},
-		{"4000M\nkind = cuda", 2 << 20},
-		{"4001M\nkind = cuda", 4 << 20},
+		{"1G\nkind = cuda", 2 << 20},
+		{"1025M\nkind = cuda", 4 << 20},
+		{"120G\nkind = cuda", 64 << 20},
+		{"130G\nkind = cuda", 128 << 20},
 		{"256K", 256 << 10},
 		{"500M", 256 << 10},
 		{"500.1M", 512 << 10},

@@ -126,6 +126,41 @@ static void test_memory_comes_back(void **state)
 	check_physical(0.1, SCORES_DESCENDING);
 }
 
+/* Extents that decoding empties are those that it fills next: they neither go nor come, and the account holds still. */
+static void test_decoding_keeps_its_extents(void **state)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.extent_size = 16 << 10});
+	const struct quota_account *account = fixture_account(fixture);
+	struct kvg_policy policy = base;
+	struct model *model;
+	uint64_t committed, kept;
+	uint32_t events;
+
+	(void)state;
+	policy.budget = 400;
+	policy.max_new_tokens = 2000;
+	model = model_new(fixture, &policy, SCORES_RANDOM);
+	model_prefill(model);
+	for (unsigned i = 0; i < 2; i++) {
+		assert_int_equal(model_append(model, 128), 0);
+		model_evict(model, KVG_EVICT_DECODE);
+	}
+	events = fixture->events;
+	kept = fixture->space->blocks.spare_count;
+	committed = account->charged + account->promised;
+	assert_true(kept > 0);
+	for (unsigned i = 0; i < 5; i++) {
+		assert_int_equal(model_append(model, 128), 0);
+		model_evict(model, KVG_EVICT_DECODE);
+		assert_true(account->charged + account->promised <= committed);
+	}
+	assert_int_equal(fixture->events, events);
+	model_release(model);
+	assert_int_equal(account->charged, 0);
+	assert_int_equal(fixture->mapped_count, 0);
+	fixture_free(fixture);
+}
+
 /* After the eviction the promise is what is still needed, and the rest is others' to take. */
 static void test_promise_shrinks(void **state)
 {
@@ -262,6 +297,7 @@ int main(void)
 		cmocka_unit_test(test_everything_in_one_extent),
 		cmocka_unit_test(test_refused_without_room),
 		cmocka_unit_test(test_memory_comes_back),
+		cmocka_unit_test(test_decoding_keeps_its_extents),
 		cmocka_unit_test(test_promise_shrinks),
 		cmocka_unit_test(test_evictions_queue),
 		cmocka_unit_test(test_reserve_amid_an_eviction),
