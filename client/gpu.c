@@ -122,21 +122,26 @@ static void *run(void *user)
 	return NULL;
 }
 
-static int start_thread(struct kvg_client *client)
+/* Signals are the caller's threads'. */
+static int spawn(struct gpu *gpu, void *(*body)(void *), void *user)
 {
-	struct gpu *gpu = client->gpu;
 	sigset_t all, before;
 	int r;
 
-	gpu->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (gpu->kick < 0)
-		return -errno;
 	(void)sigfillset(&all);
 	(void)pthread_sigmask(SIG_SETMASK, &all, &before);
-	r = pthread_create(&gpu->thread, NULL, run, client);
+	r = pthread_create(&gpu->thread, NULL, body, user);
 	(void)pthread_sigmask(SIG_SETMASK, &before, NULL);
 	gpu->started = r == 0;
 	return -r;
+}
+
+static int start_thread(struct kvg_client *client)
+{
+	struct gpu *gpu = client->gpu;
+
+	gpu->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	return gpu->kick < 0 ? -errno : spawn(gpu, run, client);
 }
 
 void gpu_stop(struct kvg_client *client)
@@ -367,6 +372,34 @@ int gpu_reserve_arena(struct kvg_client *client, uint32_t slots, uint64_t extent
 
 /* ---- the end ---- */
 
+/* The client is closed: nothing but this is left to do. */
+static void *release_again(void *user)
+{
+	const struct timespec pause = {.tv_nsec = LOOK_NS_MAX};
+	struct gpu *gpu = user;
+
+	while (!atomic_load(&gpu->stop)) {
+		gpu_release_waits(gpu);
+		(void)nanosleep(&pause, NULL);
+	}
+	return NULL;
+}
+
+/*
+ * Waits for what still runs, in whatever stream it is. Waits are released again and again meanwhile: the daemon's
+ * stream may set a counter back, and a wait may be looked at for the first time after that.
+ */
+static void synchronize(struct kvg_client *client)
+{
+	struct gpu *gpu = client->gpu;
+
+	gpu_release_waits(gpu);
+	atomic_store(&gpu->stop, false);
+	(void)spawn(gpu, release_again, gpu);
+	(void)gpu->cuda->driver->cuCtxSynchronize();
+	gpu_stop(client);
+}
+
 static void unmap_device(const struct gpu *gpu, const struct gpu_map *map)
 {
 	if (map->mapped)
@@ -396,9 +429,7 @@ static void free_all(struct kvg_client *client)
 	const struct kvg_cuda_driver *driver = gpu->cuda->driver;
 
 	CUDA_SCOPE(gpu->cuda);
-	/* What still runs may use it all, whatever stream it is in. */
-	gpu_release_waits(gpu);
-	(void)driver->cuCtxSynchronize();
+	synchronize(client); /* what still runs may use it all */
 	arena_deinit(&client->arena);
 	unmap_device(gpu, &gpu->table);
 	unmap_device(gpu, &gpu->rows);

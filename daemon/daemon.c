@@ -16,6 +16,7 @@
 
 #include "daemon/base/log.h"
 #include "daemon/device.h"
+#include "daemon/sequence/compute.h"
 #include "proto/size.h"
 #include "daemon/session/admin.h"
 #include "daemon/session/listener.h"
@@ -179,6 +180,8 @@ static int start_kind(struct daemon *daemon)
 		r = device_open(daemon->config, &daemon->kind, text);
 	if (r >= 0)
 		r = device_check(daemon->config, daemon->kind, &daemon->extent_size, text);
+	if (r >= 0)
+		r = compute_start(daemon->kind, text, sizeof(text));
 	if (r < 0)
 		log_error("%s", text);
 	return r;
@@ -229,14 +232,14 @@ static int start_tenants(struct daemon *daemon)
 }
 
 /*
- * The loop goes on until every worker's memory is back. Once the device is lost nothing of it can come back but by the
- * end of the process, which therefore does not wait for ever.
+ * The loop goes on until every worker's memory is back and nothing is on the executor any more. Once the device is lost
+ * nothing of it can come back but by the end of the process, which therefore does not wait for ever.
  */
 static void check_stopped(void *user)
 {
 	struct daemon *daemon = user;
 
-	if (daemon->server.worker_count == 0 && daemon->server.pool->batches == 0) {
+	if (daemon->server.worker_count == 0 && executor_pending(daemon->server.executor) == 0) {
 		loop_stop(daemon->server.loop);
 	} else if (daemon->lost_ns && loop_now() - daemon->lost_ns > LOST_LIMIT_NS) {
 		log_error("%u workers could not be taken down in order", daemon->server.worker_count);

@@ -81,6 +81,14 @@ static int arena_fill(struct arena *arena)
 	return 0;
 }
 
+/* As many extents as the pool can pay for. */
+static uint32_t slots_of(const struct pool *pool, size_t extent_size)
+{
+	uint64_t slots = (uint64_t)pool->extent_count * pool->extent_size / extent_size;
+
+	return slots ? (uint32_t)slots : 1;
+}
+
 int arena_new(struct pool *pool, const struct kvg_layout *layout, struct arena **ret)
 {
 	struct arena *arena = calloc(1, sizeof(*arena));
@@ -93,9 +101,9 @@ int arena_new(struct pool *pool, const struct kvg_layout *layout, struct arena *
 	arena->pool = pool;
 	arena->kind = pool->kind;
 	arena->layout = *layout;
-	arena->slots = pool->extent_count;
 	arena->stride = arena_stride(&layout->groups[0]);
 	arena->extent_size = arena_extent_size(pool->extent_size, arena->stride, arena->kind->granularity);
+	arena->slots = slots_of(pool, arena->extent_size);
 	arena->ids_per_extent = (uint32_t)(arena->extent_size / arena->stride);
 	arena->blocks_per_extent = arena->ids_per_extent / 2;
 	r = arena_fill(arena);

@@ -11,7 +11,11 @@
 
 #include "daemon/base/list.h"
 #include "daemon/base/log.h"
+#include "daemon/loop/loop.h"
 #include "daemon/memory/nvml.h"
+
+#define ERROR_CODES 1000u                 /* CUDA_ERROR_UNKNOWN is the last */
+#define LOG_NS      UINT64_C(60000000000) /* between two lines about the same error */
 
 struct kind_cuda {
 	struct kind kind;
@@ -22,7 +26,7 @@ struct kind_cuda {
 	struct nvml *nvml;        /* or NULL */
 	_Atomic(CUresult) failed; /* the first error that lost the device */
 	_Atomic(const char *) failed_what;
-	_Atomic(CUresult) logged; /* the last one that did not */
+	_Atomic uint64_t logged_ns[ERROR_CODES]; /* when others were logged */
 	int failure_fd;
 };
 
@@ -33,15 +37,26 @@ static struct kind_cuda *of_kind(struct kind *kind)
 
 /* ---- errors ---- */
 
-/* "Unknown" is also what the driver says of a descriptor or handle that is none: then its stream still lives. */
+/*
+ * What the driver says of a worker's event or handle may be the worker's doing, and "unknown" is also what it says of a
+ * descriptor that is none. A device that is lost is so for every stream, also for the kind's own.
+ */
 static bool is_lost(const struct kind_cuda *self, CUresult result)
 {
 	const struct kvg_cuda_driver *driver = self->cuda->driver;
 
 	if (!kvg_cuda_is_sticky(result))
 		return false;
-	return result != CUDA_ERROR_UNKNOWN || kvg_cuda_enter(self->cuda) != CUDA_SUCCESS ||
-	       kvg_cuda_is_sticky(driver->cuStreamQuery(self->stream));
+	return kvg_cuda_enter(self->cuda) != CUDA_SUCCESS || kvg_cuda_is_sticky(driver->cuStreamQuery(self->stream));
+}
+
+/* Each error once in a while, whatever others come between. */
+static bool is_news(struct kind_cuda *self, CUresult result)
+{
+	_Atomic uint64_t *logged = &self->logged_ns[(unsigned)result < ERROR_CODES ? result : ERROR_CODES - 1];
+	uint64_t now = loop_now(), before = atomic_load(logged);
+
+	return (!before || now - before >= LOG_NS) && atomic_compare_exchange_strong(logged, &before, now);
 }
 
 void kind_cuda_check(struct kind *kind, CUresult result, const char *what)
@@ -52,7 +67,7 @@ void kind_cuda_check(struct kind *kind, CUresult result, const char *what)
 	if (result == CUDA_SUCCESS || result == CUDA_ERROR_NOT_READY)
 		return;
 	if (!is_lost(self, result)) {
-		if (atomic_exchange(&self->logged, result) != result)
+		if (is_news(self, result))
 			log_warning("%s: %s: %s", self->about.name, what, kvg_cuda_error(self->cuda->driver, result));
 	} else if (atomic_compare_exchange_strong(&self->failed, &none, result)) {
 		atomic_store(&self->failed_what, what);

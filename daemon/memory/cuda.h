@@ -13,8 +13,8 @@
 #include "kernels/cuda/device.h"
 
 /*
- * Takes note of what a driver call, named by a static string, returned. A failure that differs from the last is logged;
- * CUDA_ERROR_NOT_READY is none. Any thread.
+ * Takes note of what a driver call, named by a static string, returned. Each failure is logged once a minute at
+ * most; CUDA_ERROR_NOT_READY is none. The device is lost when the kind's own stream says so too. Any thread.
  */
 void kind_cuda_check(struct kind *kind, CUresult result, const char *what);
 

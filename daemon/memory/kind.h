@@ -60,7 +60,8 @@ struct kind_ops {
 struct kind {
 	const struct kind_ops *ops;
 	size_t granularity; /* sizes are multiples of it */
-	/* What the layers above keep with the device (its kernels): set on the executor, detached before free(). */
+	/* What the layers above keep with the device (its kernels): set before there are workers, detached before
+	 * free(). */
 	void *attached;
 	void (*detach)(void *attached);
 };

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #define SLICE_NS 500000u    /* of the executor for one batch, then the jobs of others have their turn */
+#define GAP_NS   100000u    /* after which a pass of the executor is another one */
 #define RETRY_NS 100000000u /* between attempts to destroy an extent that a stale mapping keeps alive */
 
 static void retry_busy(void *user);
@@ -213,7 +214,9 @@ static void destroy_one(struct pool *pool, struct extent *extent)
 
 	if (extent->fd < 0)
 		return;
-	(void)kind->ops->unmap(kind, extent_address(extent), extent->arena->extent_size);
+	/* What is still mapped keeps its slot, and is tried again like a busy one. */
+	if (kind->ops->unmap(kind, extent_address(extent), extent->arena->extent_size) < 0)
+		return;
 	meta_forget_places(pool->meta, extent->index);
 	if (kind->ops->destroy(kind, extent->fd, extent->arena->extent_size) == 0)
 		extent->fd = -1;
@@ -239,19 +242,54 @@ static struct extent *batch_next(struct extent_batch *batch, uint64_t begun)
 	return list_entry(node, struct extent, node);
 }
 
+/*
+ * However many batches there are, one slice of time is all that they have together in a pass of the executor over its
+ * polled jobs: when it is used up, those that come later queue up, and the one whose last turn is longest ago is
+ * next. A pass is new when the batch that had the last turn is asked again, or after a while.
+ */
+static bool has_turn(struct extent_batch *batch, uint64_t now)
+{
+	struct pool *pool = batch->pool;
+
+	if (pool->sliced == batch || now - pool->slice_end_ns >= GAP_NS)
+		pool->slice_used_ns = 0;
+	if (pool->slice_used_ns >= SLICE_NS || (pool->waiting && pool->waiting != batch)) {
+		if (!pool->waiting || batch->slice_ns < pool->waiting->slice_ns)
+			pool->waiting = batch;
+		return false;
+	}
+	pool->waiting = NULL;
+	batch->slice_ns = now;
+	return true;
+}
+
+/* Whether the batch is over. */
+static bool end_slice(struct extent_batch *batch)
+{
+	struct pool *pool = batch->pool;
+	bool over = batch->next == &batch->extents;
+
+	pool->sliced = over ? NULL : batch;
+	pool->slice_end_ns = loop_now();
+	pool->slice_used_ns += pool->slice_end_ns - batch->slice_ns;
+	return over;
+}
+
 static bool create_poll(struct job *job)
 {
 	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
 	const uint64_t begun = loop_now();
 	struct extent *extent;
 
+	if (!has_turn(batch, begun))
+		return false;
 	while ((extent = batch_next(batch, begun))) {
 		int r = create_one(batch->pool, extent);
 
 		if (r < 0 && !batch->status)
 			batch->status = r;
 	}
-	return batch->next == &batch->extents;
+	return end_slice(batch);
 }
 
 static bool destroy_poll(struct job *job)
@@ -260,9 +298,11 @@ static bool destroy_poll(struct job *job)
 	const uint64_t begun = loop_now();
 	struct extent *extent;
 
+	if (!has_turn(batch, begun))
+		return false;
 	while ((extent = batch_next(batch, begun)))
 		destroy_one(batch->pool, extent);
-	return batch->next == &batch->extents;
+	return end_slice(batch);
 }
 
 static void create_done(struct job *job)

@@ -58,8 +58,8 @@ size_t arena_stride(const struct kvg_group *group);
 size_t arena_extent_size(size_t pool_extent_size, size_t stride, size_t granularity);
 
 /*
- * An arena with a slot for each extent of the pool, without addresses yet. 0, -ENOMEM, or -EOVERFLOW (block ids have
- * 32 bits).
+ * An arena with a slot for each extent of its size that the pool can pay for, without addresses yet. 0, -ENOMEM, or
+ * -EOVERFLOW (block ids have 32 bits).
  */
 int arena_new(struct pool *pool, const struct kvg_layout *layout, struct arena **ret);
 struct arena *arena_ref(struct arena *arena);
@@ -108,6 +108,9 @@ struct pool {
 	uint32_t *free_indices, free_count;
 	unsigned batches; /* under way */
 	unsigned reapers; /* of them, retries of busy extents */
+	/* The executor's: who had the last turn and when, how long the turns of its pass took, and who is next. */
+	const struct extent_batch *sliced, *waiting;
+	uint64_t slice_end_ns, slice_used_ns;
 };
 
 /* extent_size is a multiple of the kind's granularity; kind and executor are borrowed. */
@@ -126,7 +129,8 @@ struct extent_batch {
 	struct job job;
 	struct pool *pool;
 	struct list extents;
-	struct list *next; /* the executor's: where it goes on */
+	struct list *next; /* the executor's: where it goes on, and */
+	uint64_t slice_ns; /* when it had its last turn */
 	uint32_t count;
 	int status;
 	void (*done)(struct extent_batch *batch);

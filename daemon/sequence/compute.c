@@ -1,6 +1,36 @@
 #include "daemon/sequence/compute.h"
 
 #include <errno.h>
+#include <stdio.h>
+
+#ifdef KVG_HAS_CUDA
+#include "daemon/sequence/cuda.h"
+#endif
+
+#define WAITS_MAX 256u     /* of one worker, that the executor looks at in each of its rounds */
+#define ASK_NS    1000000u /* between two questions to the driver about one event */
+
+/* ---- start ---- */
+
+int compute_start(struct kind *kind, char *text, size_t text_size)
+{
+#ifdef KVG_HAS_CUDA
+	struct kvg_cuda *device = kind->ops->device(kind);
+	CUresult result = device ? kvg_cuda_enter(device) : CUDA_SUCCESS;
+
+	if (result != CUDA_SUCCESS)
+		kind_cuda_check(kind, result, "entering the context");
+	if (result != CUDA_SUCCESS || (device && !cuda_kernels(kind))) {
+		(void)snprintf(text, text_size, "kind cuda: %s: the kernels cannot be loaded; the line before says why",
+			kind->ops->about(kind)->name);
+		return -EIO;
+	}
+#endif
+	(void)kind;
+	(void)text;
+	(void)text_size;
+	return 0;
+}
 
 /* ---- jobs ---- */
 
@@ -33,7 +63,7 @@ static void publish_done(struct job *job)
 {
 	struct request *request = list_entry(job, struct request, job);
 
-	if (!space_job_ended(request->space))
+	if (!space_job_ended(request->space) && !space_job_lost(request))
 		request->after(request);
 }
 
@@ -57,42 +87,79 @@ bool compute_must_wait(const struct request *request)
 
 static void wait_run(struct job *job)
 {
-	struct request *request = list_entry(job, struct request, job);
+	(void)job; /* wait_poll() asks */
+}
 
-	request->job_status = 0;
-	request->deadline_ns = loop_now() + request->space->wait_ns;
+/* 0: it has happened, once and for all; or -EAGAIN, or another negative errno. */
+static int ask_event(struct request *request, uint64_t now)
+{
+	const struct space *space = request->space;
+	int r;
+
+	if (!request->event || request->happened)
+		return 0;
+	if (now - request->asked_ns < ASK_NS)
+		return -EAGAIN;
+	request->asked_ns = now;
+	r = space->compute->event(space, request->event->event);
+	request->happened = r == 0;
+	return r;
 }
 
 static bool wait_poll(struct job *job)
 {
 	struct request *request = list_entry(job, struct request, job);
 	struct space *space = request->space;
-	int event = request->event ? space->compute->event(space, request->event->event) : 0;
+	uint64_t now = loop_now();
+	int event;
 
 	if (atomic_load_explicit(&space->dying, memory_order_relaxed))
 		return true;
+	event = ask_event(request, now);
 	if (event < 0 && event != -EAGAIN) {
 		request->job_status = event;
 		return true;
 	}
 	if (event == 0 && __atomic_load_n(&space->sync->worker, __ATOMIC_ACQUIRE) >= request->sqe.wait_value)
 		return true;
-	if (loop_now() < request->deadline_ns)
+	if (now < request->deadline_ns)
 		return false;
 	request->job_status = -ETIME;
 	return true;
 }
 
+static void wait_done(struct job *job);
+
+static void wait_start(struct request *request)
+{
+	request->space->waits++;
+	space_submit_job(request, wait_run, wait_poll, wait_done);
+}
+
 static void wait_done(struct job *job)
 {
 	struct request *request = list_entry(job, struct request, job);
+	struct space *space = request->space;
 
-	if (!space_job_ended(request->space))
-		request->after(request);
+	space->waits--;
+	if (space_job_ended(space))
+		return;
+	if (!list_empty(&space->wait_queue))
+		wait_start(list_entry(list_pop(&space->wait_queue), struct request, node));
+	request->after(request);
 }
 
 void compute_wait(struct request *request, void (*after)(struct request *))
 {
+	struct space *space = request->space;
+
 	request->after = after;
-	space_submit_job(request, wait_run, wait_poll, wait_done);
+	request->job_status = 0;
+	request->happened = false;
+	request->asked_ns = 0;
+	request->deadline_ns = loop_now() + space->wait_ns;
+	if (space->waits < WAITS_MAX)
+		wait_start(request);
+	else
+		list_add_tail(&space->wait_queue, &request->node);
 }

@@ -18,6 +18,8 @@ struct compute_ops {
 	int (*select)(struct request *request);  /* SELECT of the request's eviction: fills kept[], and evict_count() */
 	int (*mark)(struct request *request);    /* MARK: fills holes[] and stripe_kept[] */
 	int (*move)(struct request *request);    /* MOVE of the step that was planned */
+	bool closes_holes;                       /* move() can close holes behind the step's own moves */
+	bool select_marks;                       /* select() can do MARK as well: evict->marked asks for it */
 	int (*score)(struct request *request);   /* STAGE: a slice of the rows, from request->layer and row on */
 	int (*publish)(struct request *request); /* rows and lengths that request->publish names; NULL: nothing to do */
 	int (*event)(const struct space *space, void *event); /* 0: it has happened; -EAGAIN: not yet */
@@ -30,6 +32,12 @@ extern const struct compute_ops compute_host;
 extern const struct compute_ops compute_cuda;
 #endif
 
+/*
+ * Loads what the kind's work needs, once, before there is any: on cuda the kernels, which takes long. The executor does
+ * not run yet, or nothing is on it. 0, or -EIO with one line of text.
+ */
+int compute_start(struct kind *kind, char *text, size_t text_size);
+
 /* Runs launch(request) on the executor, then done() on the reactor; its status is in request->job_status. */
 void compute_submit(struct request *request, int (*launch)(struct request *), void (*done)(struct job *));
 
@@ -39,7 +47,8 @@ void compute_publish(struct request *request, void (*after)(struct request *));
 /*
  * Waits on the executor for what the entry names (wait_value, wait_event), then calls after(request): with
  * job_status 0, or -ETIME when the deadline passed. The executor looks at the counter
- * itself: a stream of the daemon never waits for a tenant's, behind which others could queue up.
+ * itself: a stream of the daemon never waits for a tenant's, behind which others could queue up. It looks at 256 waits
+ * of a worker at most; more queue up, with their deadlines running.
  */
 void compute_wait(struct request *request, void (*after)(struct request *));
 bool compute_must_wait(const struct request *request);

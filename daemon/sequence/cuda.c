@@ -8,9 +8,9 @@
 #include <unistd.h>
 
 #include "daemon/sequence/gates.h"
+#include "daemon/sequence/layout.h"
 
-#define TABLE_MAX  ((uint64_t)8 << 30) /* bytes of the table in device memory */
-#define QUERY_NS   1000000u            /* between questions to the driver about work that is not done */
+#define QUERY_NS   1000000u /* between questions to the driver about work that is not done */
 #define BUFFER_MIN 65536u
 
 /* ---- kernels, shared by the device's workers ---- */
@@ -185,21 +185,13 @@ static uint64_t round_up(uint64_t size, uint64_t unit)
 	return (size + unit - 1) / unit * unit;
 }
 
-static int open_table(struct space *space, struct compute_device *device, char *text)
+static int open_table(struct space *space, struct compute_device *device)
 {
-	const struct meta_worker *worker = space->part.worker;
-	uint64_t rows = (uint64_t)space->rows * worker->max_sequences;
+	uint64_t rows = (uint64_t)space->rows * space->part.worker->max_sequences;
 
 	space->device.ids_offset = round_up(rows * sizeof(uint32_t), 256);
-	space->device.table_size = round_up(
-		space->device.ids_offset + rows * worker->row_cap * sizeof(uint32_t), device->kind->granularity);
-	if (space->device.table_size > TABLE_MAX) {
-		(void)snprintf(text, KVG_TEXT_SIZE,
-			"layout %s: %u sequences of %u tokens need a table of %llu bytes on the device, at most %llu",
-			worker->layout.model, worker->max_sequences, worker->layout.max_tokens,
-			(unsigned long long)space->device.table_size, (unsigned long long)TABLE_MAX);
-		return -EFBIG;
-	}
+	space->device.table_size =
+		round_up(layout_device_table(&space->part.worker->layout), device->kind->granularity);
 	return shared_new(device->kind, space->device.table_size, &space->device.table_fd, &device->table);
 }
 
@@ -299,9 +291,9 @@ static int cuda_open(struct space *space, const struct space_memory *memory, cha
 	if (r >= 0)
 		r = cuda_status(device, open_stream(device, space->part.worker->layers), "a worker's stream");
 	if (r >= 0)
-		r = cuda_status(device, register_memory(space, device, memory), "registering a staging area");
+		r = open_table(space, device);
 	if (r >= 0)
-		r = open_table(space, device, text);
+		r = cuda_status(device, register_memory(space, device, memory), "registering a staging area");
 	if (r >= 0)
 		r = open_staging(space, device, memory->device_staging_bytes);
 	if (r < 0) {
@@ -391,6 +383,8 @@ const struct compute_ops compute_cuda = {
 	.select = cuda_select,
 	.mark = cuda_mark,
 	.move = cuda_move,
+	.closes_holes = true,
+	.select_marks = true,
 	.score = cuda_score,
 	.publish = cuda_publish,
 	.event = cuda_event,

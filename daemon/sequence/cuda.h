@@ -64,7 +64,7 @@ struct compute_device {
 	struct cuda_eviction eviction;
 };
 
-/* Kernels of one device, loaded with its first worker. */
+/* Kernels of one device, loaded at the daemon's start. */
 struct cuda_kernels {
 	const struct kvg_cuda *cuda;
 	struct kvg_cuda_evict *evict;
@@ -84,6 +84,9 @@ CUresult cuda_upload(const struct compute_device *device, void *to, size_t size)
 
 /* 0, or a negative errno after reporting a failure to the kind. */
 int cuda_status(const struct compute_device *device, CUresult result, const char *what);
+
+/* Blocks first .. first + count - 1 of a row: held ones, then those of nursery runs. */
+void cuda_row_blocks(const struct sequence *sequence, uint32_t row, uint32_t first, uint32_t count, uint32_t *ids);
 
 /* Where the worker's blocks and their pairs lie. */
 struct kvg_cuda_area cuda_area(const struct space *space);

@@ -45,18 +45,35 @@ static int parcel_send(const struct compute_device *device, const struct parcel 
 	return cuda_status(device, cuda_upload(device, parcel->device, parcel->used), "an upload");
 }
 
+void cuda_row_blocks(const struct sequence *sequence, uint32_t row, uint32_t first, uint32_t count, uint32_t *ids)
+{
+	const struct meta_part *part = &sequence->space->part;
+	uint32_t held = meta_rows(part, sequence->slot)[row].held_blocks, end = first + count;
+
+	if (first < held) {
+		uint32_t n = end < held ? count : held - first;
+
+		memcpy(ids, meta_held(part, sequence->slot, row) + first, n * sizeof(uint32_t));
+		ids += n;
+		first += n;
+	}
+	while (first < end) {
+		uint32_t at = first - held, place = at % KVG_RUN_BLOCKS;
+		uint32_t id = meta_run(part, sequence->slot, at / KVG_RUN_BLOCKS)[row];
+
+		for (; place < KVG_RUN_BLOCKS && first < end; place++, first++)
+			*ids++ = id + place;
+	}
+}
+
 /* ---- SELECT ---- */
 
 static void fill_ids(const struct sequence *sequence, const struct evict *evict, uint32_t row, uint32_t *ids)
 {
-	const struct meta_part *part = &sequence->space->part;
-	uint32_t held = meta_rows(part, sequence->slot)[row].held_blocks;
-	uint32_t left = divide_up(evict->length[row] - evict->held[row], KVG_BLOCK_TOKENS);
+	uint32_t held = meta_rows(&sequence->space->part, sequence->slot)[row].held_blocks;
+	uint32_t fresh = divide_up(evict->length[row] - evict->held[row], KVG_BLOCK_TOKENS);
 
-	memcpy(ids, meta_held(part, sequence->slot, row), held * sizeof(uint32_t));
-	ids += held;
-	for (uint32_t i = 0; i < left; i++)
-		ids[i] = meta_run(part, sequence->slot, i / KVG_RUN_BLOCKS)[row] + i % KVG_RUN_BLOCKS;
+	cuda_row_blocks(sequence, row, 0, held + fresh, ids);
 }
 
 static uint32_t longest_row(const struct evict *evict, uint32_t rows)
@@ -82,6 +99,18 @@ static int64_t fill_offsets(const struct evict *evict, uint32_t rows, uint32_t *
 	return n < UINT32_MAX - 64 ? (int64_t)n : -EFBIG;
 }
 
+/*
+ * Room for what comes after the point of no return: lists, steps, relocations, and the table. Growing a buffer loses
+ * what is in it, so the upload buffer, which is in use, grows before it is filled (send_rows()).
+ */
+static size_t later_words(const struct request *request, uint32_t cap)
+{
+	size_t rows = request->space->rows, step = rows * (cap + 16),
+	       blocks = 2 * (size_t)request->space->part.worker->move_cap;
+
+	return (step > blocks ? step : blocks) + 128;
+}
+
 /* The rows go to the device. Returns the number of candidates. */
 static int64_t send_rows(const struct request *request, struct cuda_eviction *eviction, uint32_t *longest)
 {
@@ -98,7 +127,8 @@ static int64_t send_rows(const struct request *request, struct cuda_eviction *ev
 	for (uint32_t row = 0; row < rows; row++)
 		if (cap < meta[row].held_blocks + 1)
 			cap = meta[row].held_blocks + 1;
-	if (parcel_open(device, CUDA_EVICT, (size_t)rows * (cap + 4) + 1, 5, &parcel) < 0)
+	if (!cuda_buffer(device, CUDA_UPLOAD, later_words(request, cap) * sizeof(uint32_t)) ||
+		parcel_open(device, CUDA_EVICT, (size_t)rows * (cap + 4) + 1, 5, &parcel) < 0)
 		return -ENOMEM;
 	eviction->rows = (struct kvg_cuda_rows){.layers = request->space->part.worker->layers,
 		.heads = request->space->part.worker->heads,
@@ -199,6 +229,37 @@ static int select_finish(struct request *request)
 	return 0;
 }
 
+/* MARK, with lists that have room for so many survivors and holes of a row. */
+static CUresult enqueue_mark(const struct request *request, uint32_t survivors, uint32_t holes)
+{
+	struct compute_device *device = request->space->device.compute;
+	struct cuda_eviction *eviction = &device->eviction;
+	const struct kvg_cuda_area area = cuda_area(request->space);
+	uint32_t *lists = (uint32_t *)(void *)device->buffers[CUDA_LISTS].at;
+
+	eviction->lists = (struct kvg_cuda_lists){.survivors = lists,
+		.holes = lists + (size_t)request->space->rows * survivors,
+		.survivor_cap = survivors,
+		.hole_cap = holes};
+	return kvg_cuda_evict_mark(device->kernels->evict, &area, &eviction->rows, &eviction->scope, &eviction->kept,
+		&eviction->counts, &eviction->lists, device->stream);
+}
+
+int cuda_mark(struct request *request)
+{
+	const struct evict *evict = request->evict;
+	uint32_t survivors = 1, holes = 1;
+
+	for (uint32_t row = 0; row < request->space->rows; row++) {
+		uint32_t fresh = evict->kept[row] + evict->holes[row] - evict->held[row];
+
+		survivors = survivors < fresh ? fresh : survivors;
+		holes = holes < evict->holes[row] ? evict->holes[row] : holes;
+	}
+	return cuda_status(
+		request->space->device.compute, enqueue_mark(request, survivors, holes), "an eviction's marks");
+}
+
 static CUresult enqueue_select(const struct request *request, struct cuda_eviction *eviction,
 	const struct kvg_cuda_select_input *in, uint8_t *keep, size_t counts)
 {
@@ -215,10 +276,21 @@ static CUresult enqueue_select(const struct request *request, struct cuda_evicti
 	if (result == CUDA_SUCCESS)
 		result = kvg_cuda_evict_count(kernels, &area, &eviction->rows, &eviction->scope, &eviction->kept,
 			&eviction->counts, device->stream);
+	if (result == CUDA_SUCCESS && request->evict->marked)
+		result = enqueue_mark(request, eviction->rows.max_length + 1, eviction->rows.max_length + 1);
 	if (result == CUDA_SUCCESS)
 		result = device->cuda->driver->cuMemcpyDtoHAsync(device->buffers[CUDA_READBACK].at,
 			(CUdeviceptr)(uintptr_t)eviction->found, counts, device->stream);
 	return result;
+}
+
+static bool has_room(const struct request *request, uint32_t cap, uint32_t longest)
+{
+	struct compute_device *device = request->space->device.compute;
+	size_t rows = request->space->rows;
+
+	return cuda_buffer(device, CUDA_INPUT, later_words(request, cap) * sizeof(uint32_t)) &&
+	       cuda_buffer(device, CUDA_LISTS, rows * 2 * (longest + (size_t)1) * sizeof(uint32_t));
 }
 
 int cuda_select(struct request *request)
@@ -239,7 +311,8 @@ int cuda_select(struct request *request)
 	keep = cuda_buffer(device, CUDA_KEEP, (size_t)n + 16);
 	counts = place_counts(eviction, rows, longest, NULL);
 	counted = cuda_buffer(device, CUDA_COUNTS, counts);
-	if (!scores || !keep || !counted || !cuda_buffer(device, CUDA_READBACK, counts))
+	if (!scores || !keep || !counted || !cuda_buffer(device, CUDA_READBACK, counts) ||
+		!has_room(request, eviction->rows.ids_cap, longest))
 		return -ENOMEM;
 	(void)place_counts(eviction, rows, longest, counted);
 	const struct kvg_cuda_select_input in = {.scores = (const float *)(void *)scores,
@@ -251,37 +324,6 @@ int cuda_select(struct request *request)
 
 	request->finish = select_finish;
 	return cuda_status(device, enqueue_select(request, eviction, &in, keep, counts), "an eviction's selection");
-}
-
-/* ---- MARK ---- */
-
-int cuda_mark(struct request *request)
-{
-	struct compute_device *device = request->space->device.compute;
-	struct cuda_eviction *eviction = &device->eviction;
-	const struct evict *evict = request->evict;
-	const struct kvg_cuda_area area = cuda_area(request->space);
-	uint32_t rows = request->space->rows, survivors = 1, holes = 1;
-	uint32_t *lists;
-
-	for (uint32_t row = 0; row < rows; row++) {
-		uint32_t fresh = evict->kept[row] + evict->holes[row] - evict->held[row];
-
-		survivors = survivors < fresh ? fresh : survivors;
-		holes = holes < evict->holes[row] ? evict->holes[row] : holes;
-	}
-	lists = (uint32_t *)(void *)cuda_buffer(
-		device, CUDA_LISTS, (size_t)rows * (survivors + holes) * sizeof(uint32_t));
-	if (!lists)
-		return -ENOMEM;
-	eviction->lists = (struct kvg_cuda_lists){.survivors = lists,
-		.holes = lists + (size_t)rows * survivors,
-		.survivor_cap = survivors,
-		.hole_cap = holes};
-	return cuda_status(device,
-		kvg_cuda_evict_mark(device->kernels->evict, &area, &eviction->rows, &eviction->scope, &eviction->kept,
-			&eviction->counts, &eviction->lists, device->stream),
-		"an eviction's marks");
 }
 
 /* ---- MOVE ---- */
@@ -338,8 +380,8 @@ static uint32_t fill_compaction(
 
 		compact[row] = (struct kvg_cuda_compact_row){.tile_first = tiles,
 			.held_len = in ? step->tail : 0,
-			.hole_first = step->hole,
-			.hole_count = in ? step->hole_count : 0};
+			.hole_first = step->hole + step->hole_count,
+			.hole_count = in ? step->closed : 0};
 		tiles += divide_up(compact[row].hole_count, KVG_CUDA_MOVE_TILE);
 	}
 	return tiles;
@@ -361,23 +403,22 @@ static int move_pairs(struct request *request)
 	struct kvg_cuda_compaction compaction = {.rows = rows, .ids_cap = cap, .lists = eviction->lists};
 	struct parcel parcel;
 	CUresult result;
-	int r = parcel_open(device, CUDA_INPUT, (size_t)rows * (cap + 8), 2, &parcel);
+	int r = parcel_open(device, CUDA_INPUT, (size_t)rows * (cap + 12), 3, &parcel);
 
 	if (r < 0)
 		return r;
 	moves.dst_ids = compaction.ids = parcel_words(&parcel, (size_t)rows * cap, &ids);
 	fill_held(sequence, cap, ids);
 	moves.move_rows = (const void *)parcel_words(&parcel, (size_t)rows * 8, &words);
-	compaction.compact_rows = (const void *)moves.move_rows;
-	if (evict->compacting)
-		compaction.tiles = fill_compaction(evict, request->space->part.redo, rows, (void *)words);
-	else
-		moves.tiles = fill_moves(evict, rows, (void *)words);
+	moves.tiles = fill_moves(evict, rows, (void *)words);
+	compaction.compact_rows = (const void *)parcel_words(&parcel, (size_t)rows * 4, &words);
+	compaction.tiles = fill_compaction(evict, request->space->part.redo, rows, (void *)words);
 	r = parcel_send(device, &parcel);
 	if (r < 0)
 		return r;
-	result = evict->compacting ? kvg_cuda_evict_compact(device->kernels->evict, &area, &compaction, device->stream)
-				   : kvg_cuda_evict_move(device->kernels->evict, &area, &moves, device->stream);
+	result = kvg_cuda_evict_move(device->kernels->evict, &area, &moves, device->stream);
+	if (result == CUDA_SUCCESS)
+		result = kvg_cuda_evict_compact(device->kernels->evict, &area, &compaction, device->stream);
 	return cuda_status(device, result, "an eviction's moves");
 }
 
@@ -431,24 +472,15 @@ static struct kvg_cuda_table_row published(const struct publish *publish, const 
 	return at;
 }
 
-int cuda_publish(struct request *request)
+static int send_table(
+	const struct request *request, const struct kvg_cuda_table_row **ret_rows, const uint32_t **ret_packed)
 {
 	const struct sequence *sequence = request->sequence;
-	struct space *space = request->space;
-	struct compute_device *device = space->device.compute;
-	const struct meta_row *meta = meta_rows(&space->part, sequence->slot);
-	struct kvg_cuda_table table = {.base_len = (uint32_t *)(void *)device->table,
-		.ids = (uint32_t *)(void *)(device->table + space->device.ids_offset),
-		.layers = space->part.worker->layers,
-		.heads = space->part.worker->heads,
-		.max_sequences = space->part.worker->max_sequences,
-		.row_cap = space->part.worker->row_cap};
-	const struct kvg_cuda_table_row *device_rows;
-	uint32_t rows = space->rows, count = 0, *words, *packed;
-	struct kvg_cuda_table_row *host_rows;
-	const uint32_t *device_packed;
+	struct compute_device *device = request->space->device.compute;
+	const struct meta_row *meta = meta_rows(&request->space->part, sequence->slot);
+	uint32_t rows = request->space->rows, count = 0, *words, *packed;
+	struct kvg_cuda_table_row *at;
 	struct parcel parcel;
-	CUresult result;
 	int r;
 
 	for (uint32_t row = 0; row < rows; row++)
@@ -456,21 +488,35 @@ int cuda_publish(struct request *request)
 	r = parcel_open(device, CUDA_INPUT, (size_t)rows * 4 + count, 2, &parcel);
 	if (r < 0)
 		return r;
-	device_rows = (const void *)parcel_words(&parcel, (size_t)rows * 4, &words);
-	device_packed = parcel_words(&parcel, count, &packed);
-	host_rows = (void *)words;
-	count = 0;
-	for (uint32_t row = 0; row < rows; row++) {
-		host_rows[row] = published(&request->publish, &meta[row]);
-		host_rows[row].offset = count;
-		memcpy(packed + count, table_row(&space->table, sequence->slot, row) + host_rows[row].first,
-			host_rows[row].count * sizeof(uint32_t));
-		count += host_rows[row].count;
+	*ret_rows = (const void *)parcel_words(&parcel, (size_t)rows * 4, &words);
+	*ret_packed = parcel_words(&parcel, count, &packed);
+	at = (void *)words;
+	for (uint32_t row = 0, offset = 0; row < rows; offset += at[row++].count) {
+		at[row] = published(&request->publish, &meta[row]);
+		at[row].offset = offset;
+		cuda_row_blocks(sequence, row, at[row].first, at[row].count, packed + offset);
 	}
-	r = parcel_send(device, &parcel);
+	return parcel_send(device, &parcel);
+}
+
+int cuda_publish(struct request *request)
+{
+	struct space *space = request->space;
+	const struct compute_device *device = space->device.compute;
+	const struct kvg_cuda_table table = {.base_len = (uint32_t *)(void *)device->table,
+		.ids = (uint32_t *)(void *)(device->table + space->device.ids_offset),
+		.layers = space->part.worker->layers,
+		.heads = space->part.worker->heads,
+		.max_sequences = space->part.worker->max_sequences,
+		.row_cap = space->part.worker->row_cap};
+	const struct kvg_cuda_table_row *rows;
+	const uint32_t *packed;
+	CUresult result;
+	int r = send_table(request, &rows, &packed);
+
 	if (r < 0)
 		return r;
-	result = kvg_cuda_evict_publish(device->kernels->evict, &table, sequence->slot, device_rows, device_packed,
+	result = kvg_cuda_evict_publish(device->kernels->evict, &table, request->sequence->slot, rows, packed,
 		request->publish.lengths, device->stream);
 	if (result == CUDA_SUCCESS)
 		result = cuda_signal(request);

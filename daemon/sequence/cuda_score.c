@@ -118,13 +118,11 @@ static int send_blocks(const struct request *request, struct kvg_cuda_rows *rows
 	memset(base_len, 0, all * sizeof(uint32_t));
 	for (uint32_t row = first; row < end; row++) {
 		uint32_t index = meta[row].base_len + request->sqe.stage.pos - sequence->meta->fold_pos;
-		uint32_t skipped = index / KVG_BLOCK_TOKENS * KVG_BLOCK_TOKENS;
+		uint32_t block = index / KVG_BLOCK_TOKENS;
 		uint32_t last = (index + request->sqe.stage.rows - 1) / KVG_BLOCK_TOKENS;
 
-		for (uint32_t b = skipped / KVG_BLOCK_TOKENS; b <= last; b++)
-			host[(size_t)row * cap + b - skipped / KVG_BLOCK_TOKENS] =
-				sequence_block(sequence, row, b * KVG_BLOCK_TOKENS);
-		base_len[row] = index - skipped;
+		cuda_row_blocks(sequence, row, block, last - block + 1, host + (size_t)row * cap);
+		base_len[row] = index % KVG_BLOCK_TOKENS;
 	}
 	*rows = (struct kvg_cuda_rows){.layers = request->space->part.worker->layers,
 		.heads = heads,

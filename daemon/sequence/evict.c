@@ -149,7 +149,7 @@ static void move_done(struct job *job)
 {
 	struct request *request = list_entry(job, struct request, job);
 
-	if (space_job_ended(request->space))
+	if (space_job_ended(request->space) || space_job_lost(request))
 		return;
 	evict_publish(request->sequence, request->evict);
 	step(request);
@@ -182,7 +182,7 @@ static void step(struct request *request)
 	bool anywhere;
 
 	if (!evict_choose_step(sequence, evict)) {
-		if (evict_plan_relocation(sequence))
+		if (evict_plan_relocation(sequence, evict))
 			compute_submit(request, request->space->compute->move, move_done);
 		else
 			end(request);
@@ -199,17 +199,22 @@ static void step(struct request *request)
 
 /* ---- SELECT, ROOM, MARK ---- */
 
-static void mark_done(struct job *job)
+static void marked(struct request *request)
 {
-	struct request *request = list_entry(job, struct request, job);
 	struct space *space = request->space;
 
-	if (space_job_ended(space))
-		return;
 	for (uint32_t row = 0; row < space->rows; row++)
 		meta_rows(&space->part, request->sequence->slot)[row].held_len = request->evict->held[row];
 	set_phase(request->sequence->meta, META_PHASE_MOVING);
 	step(request);
+}
+
+static void mark_done(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (!space_job_ended(request->space) && !space_job_lost(request))
+		marked(request);
 }
 
 static void room(struct request *request)
@@ -241,6 +246,8 @@ static void select_done(struct job *job)
 
 	if (space_job_ended(request->space))
 		return;
+	if (request->job_status < 0 || request->evict->dropped == 0)
+		set_phase(request->sequence->meta, META_PHASE_NONE);
 	if (request->job_status < 0) {
 		(void)snprintf(request->text, sizeof(request->text), "sequence %#" PRIx64 ": eviction: %s",
 			request->sqe.seq, strerror(-request->job_status));
@@ -249,6 +256,9 @@ static void select_done(struct job *job)
 		request->sequence->meta->prune_start = request->evict->context_end;
 		report(request, 0);
 		over(request);
+	} else if (request->evict->marked) {
+		request->sequence->meta->next_prune_start = request->evict->context_end;
+		marked(request);
 	} else {
 		room(request);
 	}
@@ -256,9 +266,17 @@ static void select_done(struct job *job)
 
 static void begin(struct request *request)
 {
-	request->space->evicting = request;
+	struct space *space = request->space;
+	uint64_t most = (uint64_t)space->rows * EVICT_ROOM_BLOCKS;
+
+	space->evicting = request;
 	request->grow_status = 0;
-	compute_submit(request, request->space->compute->select, select_done);
+	if (space->compute->select_marks && blocks_free_anywhere(&space->blocks) >= most) {
+		request->evict->marked = true;
+		space->evict_reserve = most;
+		set_phase(request->sequence->meta, META_PHASE_MARKING);
+	}
+	compute_submit(request, space->compute->select, select_done);
 }
 
 /* ---- what an eviction means for a sequence ---- */

@@ -37,11 +37,13 @@ struct evict_step {
 	uint32_t source;     /* survivors moved by earlier steps */
 	uint32_t hole_count; /* of them go to holes, after the `hole` first ones */
 	uint32_t hole;       /* holes filled by earlier steps */
-	uint32_t tail;       /* where the others go, in the row's held blocks; compaction: the row's held length */
+	uint32_t tail;       /* where the others go, in the row's held blocks: its held length */
+	uint32_t closed;     /* holes left then, which pairs from the end of the held blocks close */
 };
 
 struct evict {
 	bool decode;
+	bool marked;                    /* there was room before SELECT, which marks as well where the kind can */
 	uint32_t begin, end;            /* positions that may go (prefill) */
 	uint32_t context_end;           /* what prune_start becomes */
 	double ratio;                   /* r' */
@@ -55,7 +57,7 @@ struct evict {
 	uint32_t *holes;                /* [rows]: dropped places in held blocks that nothing fills yet */
 	uint32_t *stripe_kept;          /* [rows][stripes]: survivors in each stripe */
 	struct evict_step *steps;       /* [rows]: the step under way, and how far earlier ones went */
-	bool compacting;                /* the step closes holes in rows compact_row to compact_end - 1 */
+	bool compacting;                /* the step only closes holes, in rows compact_row to compact_end - 1 */
 	uint32_t step_first, step_last; /* or moves the survivors of these stripes */
 	uint64_t step_blocks;           /* held blocks that it takes */
 	uint32_t compact_row, compact_end;
@@ -85,7 +87,7 @@ void evict_plan(struct sequence *sequence, struct evict *evict, const uint32_t *
  * RELOCATE: whole blocks leave sparse extents that hold nothing but this sequence's, where others have room
  * for them, so that the extents go back. Plans a step of it; false when there is nothing (more) to gain.
  */
-bool evict_plan_relocation(struct sequence *sequence);
+bool evict_plan_relocation(struct sequence *sequence, const struct evict *evict);
 
 /* PUBLISH. */
 void evict_publish(struct sequence *sequence, struct evict *evict);

@@ -74,7 +74,7 @@ static uint32_t list_compaction(const struct sequence *sequence, const struct ev
 	const uint32_t *held = meta_held(&sequence->space->part, sequence->slot, row);
 	uint32_t n = 0;
 
-	for (uint32_t i = step->tail - step->hole_count; i < step->tail; i++)
+	for (uint32_t i = step->tail - step->closed; i < step->tail; i++)
 		if (!is_hole(sequence, held, i))
 			evict->host->src[n++] = held_place(held, i);
 	for (uint32_t i = 0; i < n; i++)

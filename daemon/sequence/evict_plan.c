@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/sequence/compute.h"
 #include "daemon/sequence/evict.h"
 
 struct evict *evict_free(struct evict *evict)
@@ -173,48 +174,58 @@ static uint32_t place_row(const struct sequence *sequence, struct evict *evict, 
 	const struct meta_part *part = &sequence->space->part;
 	struct meta_row *meta = &meta_rows(part, sequence->slot)[row];
 	struct evict_step *step = &evict->steps[row];
-	uint32_t taken = row_blocks(evict, meta, row, step->count);
+	uint32_t taken = row_blocks(evict, meta, row, step->count), length;
 
 	memcpy(meta_held(part, sequence->slot, row) + meta->held_blocks, ids, taken * sizeof(uint32_t));
 	step->hole_count = step->count < evict->holes[row] ? step->count : evict->holes[row];
 	step->tail = meta->held_len;
 	evict->holes[row] -= step->hole_count;
 	meta->pending = taken;
-	part->redo_rows[row] = (struct meta_redo_row){
-		.held_len = step->tail + step->count - step->hole_count, .held_blocks = meta->held_blocks + taken};
+	length = step->tail + step->count - step->hole_count;
+	part->redo_rows[row] = (struct meta_redo_row){.held_len = length, .held_blocks = meta->held_blocks + taken};
 	return taken;
+}
+
+/* Pairs at the end of a row's held blocks go into the holes that are left before them. */
+static void close_row(const struct sequence *sequence, struct evict *evict, uint32_t row)
+{
+	struct meta_redo_row *redo = &sequence->space->part.redo_rows[row];
+
+	evict->steps[row].closed = evict->holes[row];
+	if (!evict->holes[row])
+		return;
+	redo->held_len -= evict->holes[row];
+	redo->held_blocks = (redo->held_len + KVG_BLOCK_TOKENS - 1) / KVG_BLOCK_TOKENS;
+	evict->holes[row] = 0;
 }
 
 static void plan_stripes(struct sequence *sequence, struct evict *evict, const uint32_t *ids)
 {
 	const struct space *space = sequence->space;
+	bool closing = space->compute->closes_holes && evict->step_last == evict->stripes;
 
-	for (uint32_t row = 0; row < space->rows; row++)
+	for (uint32_t row = 0; row < space->rows; row++) {
 		ids += place_row(sequence, evict, row, ids);
+		if (closing)
+			close_row(sequence, evict, row);
+	}
 	sequence->meta->blocks += evict->step_blocks;
 	evict->new_blocks -= evict->step_blocks;
 	*space->part.redo = (struct meta_redo){
 		.seq = sequence->slot, .stripe_first = evict->step_last, .row_begin = 0, .row_end = space->rows};
 }
 
-/* Pairs at the end of a row's held blocks go into the holes before them. */
 static void plan_compaction(const struct sequence *sequence, struct evict *evict)
 {
 	const struct meta_part *part = &sequence->space->part;
 	const struct meta_row *rows = meta_rows(part, sequence->slot);
 
 	for (uint32_t row = evict->compact_row; row < evict->compact_end; row++) {
-		struct evict_step *step = &evict->steps[row];
-		uint32_t left = rows[row].held_len - evict->holes[row];
-
-		step->count = 0;
-		step->hole_count = evict->holes[row];
-		step->tail = rows[row].held_len;
-		evict->holes[row] = 0;
-		part->redo_rows[row] = (struct meta_redo_row){
-			.held_len = left, .held_blocks = (left + KVG_BLOCK_TOKENS - 1) / KVG_BLOCK_TOKENS};
-		if (!step->hole_count)
-			part->redo_rows[row].held_blocks = rows[row].held_blocks;
+		evict->steps[row].count = evict->steps[row].hole_count = 0;
+		evict->steps[row].tail = rows[row].held_len;
+		part->redo_rows[row] =
+			(struct meta_redo_row){.held_len = rows[row].held_len, .held_blocks = rows[row].held_blocks};
+		close_row(sequence, evict, row);
 	}
 	*part->redo = (struct meta_redo){.seq = sequence->slot,
 		.stripe_first = sequence->meta->stripe_first,
@@ -270,8 +281,8 @@ static void advance(struct evict *evict, uint32_t rows)
 		struct evict_step *step = &evict->steps[row];
 
 		step->source += step->count;
-		step->hole += step->hole_count;
-		step->count = step->hole_count = 0;
+		step->hole += step->hole_count + step->closed;
+		step->count = step->hole_count = step->closed = 0;
 	}
 }
 

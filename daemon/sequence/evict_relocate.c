@@ -3,6 +3,8 @@
 
 #include "daemon/sequence/evict.h"
 
+#define RELOCATE_SHARE 4u /* of the sequence's blocks, free ones are at least this part when decoding */
+
 /* The extents that hold the sequence's blocks. */
 struct survey {
 	struct extent **extents;
@@ -105,14 +107,24 @@ static uint32_t list_blocks(const struct sequence *sequence)
 	return count;
 }
 
-bool evict_plan_relocation(struct sequence *sequence)
+/*
+ * Looking for extents to empty takes as long as the sequence has blocks: only where there is one's worth of free
+ * blocks, and in decoding, which comes by every 128 tokens, only where they are a good part of all.
+ */
+static bool is_worthwhile(const struct sequence *sequence, const struct evict *evict, uint64_t room)
+{
+	return room >= sequence->space->arena->blocks_per_extent &&
+	       (!evict->decode || room * RELOCATE_SHARE >= sequence->meta->blocks);
+}
+
+bool evict_plan_relocation(struct sequence *sequence, const struct evict *evict)
 {
 	struct space *space = sequence->space;
 	struct meta_part *part = &space->part;
 	uint64_t room = (uint64_t)sequence->owner.free_units[META_HELD] + space->blocks.shared.free_units[META_HELD];
 	uint32_t count, *ids;
 
-	if (space->blocks.closed.extents == 0 && room < space->arena->blocks_per_extent)
+	if (space->blocks.closed.extents == 0 && !is_worthwhile(sequence, evict, room))
 		return false;
 	if (space->blocks.closed.extents == 0)
 		choose_extents(sequence);

@@ -19,6 +19,7 @@
 #define HEADER_BASE      65536u
 #define WIDTH_MAX        256u
 #define SINKS_MAX        1024u
+#define WEIGHTS_MAX      ((uint64_t)4 << 30) /* bytes of all layers' weights as bf16 */
 
 struct gate_set *gate_set_free(struct gate_set *set)
 {
@@ -57,6 +58,22 @@ static int check_header(int fd, uint32_t layers, char *text, size_t size)
 	return -EINVAL;
 }
 
+/* What the layers would take if all were as large as this one: a sparse file claims any size for nothing. */
+static int check_weights(uint32_t layer, const struct kvg_gate_shape *shape, uint32_t layers, char *text, size_t size)
+{
+	uint64_t columns = (uint64_t)shape->heads * (shape->group + 1) * shape->width;
+	uint64_t sinks = (uint64_t)shape->heads * shape->sinks * shape->width;
+	uint64_t bytes = layers * (columns * shape->hidden + sinks) * sizeof(uint16_t);
+
+	if (bytes <= WEIGHTS_MAX)
+		return 0;
+	(void)snprintf(text, size,
+		"gate: layer %u has width %u and %u sinks: %u such layers have %" PRIu64
+		" bytes of weights, at most %" PRIu64,
+		layer, shape->width, shape->sinks, layers, bytes, WEIGHTS_MAX);
+	return -EFBIG;
+}
+
 static int check_shape(
 	uint32_t layer, const struct kvg_gate_shape *shape, const struct kvg_layout *layout, char *text, size_t size)
 {
@@ -69,7 +86,7 @@ static int check_shape(
 	}
 	if (shape->heads == group->head_count && shape->group == group->query_heads &&
 		shape->hidden == layout->hidden_dim)
-		return 0;
+		return check_weights(layer, shape, group->layers, text, size);
 	(void)snprintf(text, size, "gate: layer %u has %u KV heads, group %u, hidden %u; the layout has %u, %u, %u",
 		layer, shape->heads, shape->group, shape->hidden, group->head_count, group->query_heads,
 		layout->hidden_dim);

@@ -6,6 +6,19 @@
 #include <stdio.h>
 #include <string.h>
 
+int import_check_part(uint64_t offset, uint64_t size, uint64_t length, char *text, size_t text_size)
+{
+	if (!size || offset > length || size > length - offset)
+		(void)snprintf(text, text_size, "import: %" PRIu64 " bytes at %" PRIu64 " of an allocation of %" PRIu64,
+			size, offset, length);
+	else if (offset % IMPORT_ALIGN)
+		(void)snprintf(
+			text, text_size, "import: offset %" PRIu64 " is not a multiple of %u", offset, IMPORT_ALIGN);
+	else
+		return 0;
+	return -EINVAL;
+}
+
 #ifdef KVG_HAS_CUDA
 #include "kernels/cuda/device.h"
 
@@ -42,12 +55,7 @@ static int check_part(
 
 	if (result != CUDA_SUCCESS)
 		return open_failed(cuda, "memory", result, text, text_size);
-	length -= base - start;
-	if (size && offset <= length && size <= length - offset)
-		return 0;
-	(void)snprintf(text, text_size, "import: %" PRIu64 " bytes at %" PRIu64 " of an allocation of %zu", size,
-		offset, length);
-	return -EINVAL;
+	return import_check_part(offset, size, length - (base - start), text, text_size);
 }
 
 int import_open_buffer(const struct kvg_cuda *cuda, const uint8_t handle[IMPORT_HANDLE], uint64_t offset, uint64_t size,

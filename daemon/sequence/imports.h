@@ -13,6 +13,7 @@
 
 #define IMPORTS_MAX   16u /* of one worker */
 #define IMPORT_HANDLE 64u /* bytes of a handle */
+#define IMPORT_ALIGN  16u /* of a buffer's address: kernels read that many bytes at once */
 #define IMPORT_FIRST  2u  /* the least id: smaller ones are enum kvg_buffer's */
 
 struct kvg_cuda;
@@ -34,8 +35,14 @@ struct imports {
 };
 
 /*
+ * Whether a part of an allocation of `length` bytes can be imported: 0, or -EINVAL with text when it is empty, passes
+ * the end, or does not start at a multiple of IMPORT_ALIGN.
+ */
+int import_check_part(uint64_t offset, uint64_t size, uint64_t length, char *text, size_t text_size);
+
+/*
  * Opens bytes offset .. offset + size of the allocation that cuIpcGetMemHandle() gave the handle of. 0; or a negative
- * errno with text: -EINVAL (no handle of another process's live memory, or the part passes the allocation's end),
+ * errno with text: -EINVAL (no handle of another process's live memory, or what import_check_part() says),
  * -ENOMEM, -EIO, -EOPNOTSUPP (built without the kind cuda).
  */
 int import_open_buffer(const struct kvg_cuda *cuda, const uint8_t handle[IMPORT_HANDLE], uint64_t offset, uint64_t size,

@@ -6,7 +6,10 @@
 #include <stdio.h>
 #include <string.h>
 
-#define TABLE_MAX ((uint64_t)1 << 34) /* bytes of block ids, sparse */
+#define TABLE_MAX        ((uint64_t)1 << 34) /* bytes of block ids, sparse */
+#define DEVICE_TABLE_MAX ((uint64_t)8 << 30) /* bytes of the table in device memory */
+#define DEVICE_ROWS_MAX  65535u              /* a grid's y */
+#define DEVICE_PIECE     16u                 /* bytes of a pair that kernels move at once */
 
 uint32_t layout_row_cap(const struct kvg_layout *layout)
 {
@@ -81,4 +84,51 @@ int layout_check(const struct kvg_layout *layout, char *text, size_t size)
 			layout, text, size))
 		return -EINVAL;
 	return 0;
+}
+
+static uint32_t dtype_bytes(uint32_t dtype)
+{
+	return dtype == KVG_F32 ? 4 : 2;
+}
+
+uint64_t layout_device_table(const struct kvg_layout *layout)
+{
+	const struct kvg_group *group = &layout->groups[0];
+	uint64_t rows = (uint64_t)group->layers * group->head_count * layout->max_sequences;
+	uint64_t lengths = (rows * sizeof(uint32_t) + 255) / 256 * 256;
+
+	return lengths + rows * layout_row_cap(layout) * sizeof(uint32_t);
+}
+
+/* Whether a pair's K or V is whole pieces. */
+static bool in_pieces(
+	const char *field, uint32_t dim, uint32_t dtype, const struct kvg_layout *layout, char *text, size_t size)
+{
+	if (dim * dtype_bytes(dtype) % DEVICE_PIECE == 0)
+		return true;
+	(void)snprintf(text, size, "layout %s: %s is %u, %u bytes; the kind cuda takes multiples of %u bytes",
+		layout->model, field, dim, dim * dtype_bytes(dtype), DEVICE_PIECE);
+	return false;
+}
+
+int layout_check_device(const struct kvg_layout *layout, char *text, size_t size)
+{
+	const struct kvg_group *group = &layout->groups[0];
+	uint32_t rows = group->layers * group->head_count;
+
+	if (!in_pieces("k_dim", group->k_dim, group->k_dtype, layout, text, size) ||
+		!in_pieces("v_dim", group->v_dim, group->v_dtype, layout, text, size))
+		return -EOPNOTSUPP;
+	if (rows > DEVICE_ROWS_MAX)
+		(void)snprintf(text, size, "layout %s: %u layers of %u heads are %u rows; the kind cuda takes %u",
+			layout->model, group->layers, group->head_count, rows, DEVICE_ROWS_MAX);
+	else if (layout_device_table(layout) > DEVICE_TABLE_MAX)
+		(void)snprintf(text, size,
+			"layout %s: %u sequences of %u tokens need a table of %" PRIu64
+			" bytes on the device, at most %" PRIu64,
+			layout->model, layout->max_sequences, layout->max_tokens, layout_device_table(layout),
+			DEVICE_TABLE_MAX);
+	else
+		return 0;
+	return -EOPNOTSUPP;
 }

@@ -13,6 +13,15 @@
  */
 int layout_check(const struct kvg_layout *layout, char *text, size_t text_size);
 
+/*
+ * What a kind with a device asks besides: its kernels move a pair's K and V in pieces of 16 bytes and have a grid of at
+ * most 65535 rows, and its tables lie in device memory. 0, or -EOPNOTSUPP with text. layout_check() has passed.
+ */
+int layout_check_device(const struct kvg_layout *layout, char *text, size_t text_size);
+
+/* Bytes of the table in device memory: base_len, then ids at a multiple of 256 (layout_check() bounds them). */
+uint64_t layout_device_table(const struct kvg_layout *layout);
+
 /* Blocks that a row may have, a multiple of 8. */
 uint32_t layout_row_cap(const struct kvg_layout *layout);
 

@@ -39,6 +39,11 @@ static int space_fill(struct space *space, const struct kvg_layout *layout, uint
 	return table_init(&space->table, layout, row_cap);
 }
 
+static bool has_device(const struct pool *pool)
+{
+	return pool->kind->ops->device(pool->kind);
+}
+
 static const struct compute_ops *choose_compute(struct kind *kind)
 {
 #ifdef KVG_HAS_CUDA
@@ -55,6 +60,8 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	struct space *space;
 	int r = layout_check(layout, text, KVG_TEXT_SIZE);
 
+	if (r >= 0 && has_device(tenant->pool))
+		r = layout_check_device(layout, text, KVG_TEXT_SIZE);
 	if (r < 0)
 		return r;
 	space = calloc(1, sizeof(*space));
@@ -69,6 +76,7 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	space->device = (struct space_device){.table_fd = -1, .staging_fd = -1};
 	space->compute = choose_compute(space->pool->kind);
 	list_init(&space->dropped);
+	list_init(&space->wait_queue);
 	list_init(&space->evict_queue);
 	block_space_init(&space->blocks, space->pool, NULL);
 	r = space_fill(space, layout, worker_id);
@@ -80,6 +88,26 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	}
 	*ret = space;
 	return 0;
+}
+
+static uint64_t round_up(uint64_t size, uint64_t unit)
+{
+	return (size + unit - 1) / unit * unit;
+}
+
+int space_claim(struct space *space, uint64_t device_staging_bytes, char *text)
+{
+	uint64_t granularity = space->pool->kind->granularity, bytes;
+	int r;
+
+	if (!has_device(space->pool))
+		return 0;
+	bytes = round_up(layout_device_table(&space->part.worker->layout), granularity) +
+		round_up(device_staging_bytes, granularity);
+	r = tenant_claim(space->tenant, bytes, text, KVG_TEXT_SIZE);
+	if (r >= 0)
+		space->claimed = bytes;
+	return r;
 }
 
 int space_open(struct space *space, const struct space_memory *memory, char *text)
@@ -103,6 +131,7 @@ struct space *space_free(struct space *space)
 		return NULL;
 	for (uint32_t i = 0; space->sequences && i < space->part.worker->max_sequences; i++)
 		free(space->sequences[i]);
+	tenant_unclaim(space->tenant, space->claimed);
 	table_deinit(&space->table);
 	meta_part_deinit(space->pool->meta, &space->part);
 	(void)arena_unref(space->arena);
@@ -231,6 +260,16 @@ void space_submit_job(
 	request->space->jobs++;
 	request->job = (struct job){.run = run, .poll = poll, .done = done};
 	executor_submit(request->space->pool->executor, &request->job);
+}
+
+bool space_job_lost(const struct request *request)
+{
+	const struct space *space = request->space;
+
+	if (request->job_status >= 0)
+		return false;
+	space->ops->broken(space->user, "work on its KV failed on the device half-way");
+	return true;
 }
 
 /* ---- requests ---- */
@@ -472,8 +511,8 @@ static void grown(struct extent_batch *batch)
 	if (space_job_ended(space))
 		return;
 	if (status < 0)
-		(void)snprintf(request->text, sizeof(request->text), "%s: memory of the host: %s",
-			space->tenant->quota.name, strerror(-status));
+		(void)snprintf(request->text, sizeof(request->text), "%s: memory of the %s: %s",
+			space->tenant->quota.name, has_device(space->pool) ? "device" : "host", strerror(-status));
 	request->grow_status = status;
 	grow.again(request);
 }

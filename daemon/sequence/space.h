@@ -58,7 +58,8 @@ struct request {
 	void (*after)(struct request *);
 	bool launched;
 	int job_status;
-	uint64_t deadline_ns;
+	uint64_t deadline_ns, asked_ns; /* of a wait: when it ends, and when its event was asked for */
+	bool happened;                  /* its event */
 	struct publish publish;
 	uint32_t layer, row;           /* STAGE: the next to score */
 	struct import *buffer, *event; /* imports that the entry uses */
@@ -74,6 +75,8 @@ struct space_ops {
 	/* Extents to unmap. Returns the number of the event that asks for it. */
 	uint32_t (*extents_dropped)(void *user, const uint32_t *slots, uint32_t count);
 	void (*closed)(void *user);
+	/* The worker's KV cannot be trusted any more (work that must not fail has failed): it has to end. */
+	void (*broken)(void *user, const char *reason);
 };
 
 /* What a session hands over for its space: the staging memfd, mapped as long as the space lives. */
@@ -114,8 +117,11 @@ struct space {
 	uint32_t dropped_event; /* the last of them */
 	struct sequence **sequences;
 	uint32_t *free_slots, free_count, sequence_count;
-	uint64_t rights; /* extents: the sum over its sequences, see promise.h */
+	uint64_t claimed; /* of the tenant, see space_claim() */
+	uint64_t rights;  /* extents: the sum over its sequences, see promise.h */
 	uint32_t epoch;
+	unsigned waits;         /* requests that the executor asks about, see compute_wait() */
+	struct list wait_queue; /* those that come after them */
 	struct list evict_queue;
 	struct request *evicting;
 	bool decoding;          /* the last eviction was one of decoding */
@@ -134,6 +140,12 @@ struct space {
  */
 int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t worker_id, const struct space_ops *ops,
 	void *user, struct space **ret, char *text);
+
+/*
+ * Counts the device memory that space_open() will create, table and staging, against the tenant's limit; space_free()
+ * gives it back. Once, before space_open(). 0, also on kinds without a device, or -ENOSPC with text.
+ */
+int space_claim(struct space *space, uint64_t device_staging_bytes, char *text);
 
 /*
  * The part of its beginning that belongs on the executor: addresses, and on cuda the stream and the tables for the
@@ -163,6 +175,9 @@ void space_submit_job(
 
 /* The end of a job or batch: true when the space is dying, and then the caller touches nothing more. */
 bool space_job_ended(struct space *space);
+
+/* Whether work that must not fail has failed; then the worker ends, and the caller leaves the request as it is. */
+bool space_job_lost(const struct request *request);
 
 /* Frees what a request holds that was never completed. */
 void request_deinit(struct request *request);

@@ -76,16 +76,17 @@ static bool check_area(struct request *request)
 	uint64_t row = row_bytes(request->space, sqe->stage.kind), bytes = area_bytes(sqe, row);
 	uint64_t offset = sqe->stage.offset, align = request->space->sync ? 16 : 4;
 	int64_t size = buffer_size(request);
+	uint64_t address = (request->buffer ? request->buffer->address : 0) + offset; /* the other areas are aligned */
 
 	if (size < 0)
 		request_fail(request, -ENOENT, "stage: there is no buffer %u", sqe->stage.buffer);
 	else if (sqe->stage.layer_stride && sqe->stage.layer_stride < row * sqe->stage.rows)
 		request_fail(request, -EINVAL, "stage: layers %" PRIu64 " bytes apart, each has %" PRIu64,
 			sqe->stage.layer_stride, row * sqe->stage.rows);
-	else if (offset % align || sqe->stage.layer_stride % align || offset > (uint64_t)size ||
+	else if (address % align || sqe->stage.layer_stride % align || offset > (uint64_t)size ||
 		 bytes > (uint64_t)size - offset)
 		request_fail(request, -EINVAL,
-			"stage: %" PRIu64 " bytes at %" PRIu64 " (aligned to %" PRIu64
+			"stage: %" PRIu64 " bytes at %" PRIu64 " (address a multiple of %" PRIu64
 			"), the staging area has %" PRIi64,
 			bytes, offset, align, size);
 	else

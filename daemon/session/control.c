@@ -19,8 +19,9 @@
 #include "kernels/cuda/device.h"
 #endif
 
-#define STAGING_MAX        ((uint64_t)1 << 30) /* bytes of rows; sparse */
-#define DEVICE_STAGING_MAX ((uint64_t)8 << 30) /* bytes of rows in device memory */
+#define STAGING_MAX        ((uint64_t)1 << 30)  /* bytes of rows; sparse */
+#define PINNED_STAGING_MAX ((uint64_t)64 << 20) /* the same on cuda, where the driver pins them */
+#define DEVICE_STAGING_MAX ((uint64_t)8 << 30)  /* bytes of rows in device memory */
 
 static void reply_send(struct worker *worker, Kvg__WorkerReply *reply, uint64_t id, const int *fds, unsigned fd_count)
 {
@@ -243,9 +244,11 @@ static void lay_out_staging(const struct worker *worker, uint32_t max_sequences,
 
 static int check_staging(const struct worker *worker, const Kvg__Register *message, char *text)
 {
-	if (message->staging_bytes > STAGING_MAX) {
+	uint64_t limit = worker_device(worker) ? PINNED_STAGING_MAX : STAGING_MAX;
+
+	if (message->staging_bytes > limit) {
 		(void)snprintf(text, KVG_TEXT_SIZE, "staging: %" PRIu64 " bytes, at most %" PRIu64,
-			message->staging_bytes, STAGING_MAX);
+			message->staging_bytes, limit);
 		return -EINVAL;
 	}
 	if (message->device_staging_bytes > DEVICE_STAGING_MAX) {
@@ -364,7 +367,9 @@ static int begin_space(struct setup *setup, const Kvg__Register *message)
 	setup->memory = (struct space_memory){
 		.device_staging_bytes = message->device_staging_bytes, .wait_ns = worker->server->wait_ns};
 	lay_out_staging(worker, layout.max_sequences, &setup->memory);
-	r = open_staging(worker, message->staging_bytes, &setup->memory);
+	r = space_claim(worker->space, message->device_staging_bytes, setup->text);
+	if (r >= 0)
+		r = open_staging(worker, message->staging_bytes, &setup->memory);
 	if (r < 0) {
 		worker->space = space_free(worker->space);
 		close_staging(worker);

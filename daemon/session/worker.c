@@ -178,11 +178,17 @@ static uint32_t extents_dropped(void *user, const uint32_t *slots, uint32_t coun
 	return ring_count_event(&worker->ring);
 }
 
+static void space_broken(void *user, const char *reason)
+{
+	worker_kill(user, reason);
+}
+
 const struct space_ops worker_space_ops = {
 	.complete = complete,
 	.extents_added = extents_added,
 	.extents_dropped = extents_dropped,
 	.closed = space_closed,
+	.broken = space_broken,
 };
 
 /* ---- rings ---- */

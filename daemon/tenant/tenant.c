@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "proto/size.h"
+
 int tenant_new(struct pool *pool, const char *name, uint64_t device_max, struct tenant **ret)
 {
 	uint32_t index = pool->meta->header->tenant_count;
@@ -43,6 +45,29 @@ struct tenant *tenant_free(struct tenant *tenant)
 	free(tenant->account_name);
 	free(tenant);
 	return NULL;
+}
+
+int tenant_claim(struct tenant *tenant, uint64_t bytes, char *text, size_t text_size)
+{
+	uint64_t limit = tenant->quota.account->max;
+	char in_use[KVG_SIZE_TEXT], need[KVG_SIZE_TEXT], most[KVG_SIZE_TEXT];
+
+	if (bytes <= limit && tenant->claimed <= limit - bytes) {
+		tenant->claimed += bytes;
+		return 0;
+	}
+	(void)snprintf(text, text_size,
+		"%s: tables and staging areas on the device: in use %s, the worker needs %s, together at most %s "
+		"(device.max)",
+		tenant->quota.name, kvg_size_format(tenant->claimed, in_use), kvg_size_format(bytes, need),
+		kvg_size_format(limit, most));
+	return -ENOSPC;
+}
+
+void tenant_unclaim(struct tenant *tenant, uint64_t bytes)
+{
+	assert(bytes <= tenant->claimed);
+	tenant->claimed -= bytes;
 }
 
 /* Whether blocks of the two layouts may share an arena: limits of a worker's tables do not matter. */

@@ -18,12 +18,20 @@ struct tenant {
 	struct pool *pool;
 	struct list arenas;
 	unsigned workers, sequences;
-	bool ipc; /* its workers may hand over memory and events of their own (cuIpc handles) */
+	uint64_t claimed; /* bytes of device memory that its workers asked for outside of the budget */
+	bool ipc;         /* its workers may hand over memory and events of their own (cuIpc handles) */
 };
 
 /* 0, -ENOMEM, or -EUSERS when the table is full. */
 int tenant_new(struct pool *pool, const char *name, uint64_t device_max, struct tenant **ret);
 struct tenant *tenant_free(struct tenant *tenant); /* without workers */
+
+/*
+ * Device memory whose size a worker chooses and that is not charged (tables, staging): all of a tenant's together may
+ * be as large as its device.max. 0, or -ENOSPC with text. What was claimed is given back with tenant_unclaim().
+ */
+int tenant_claim(struct tenant *tenant, uint64_t bytes, char *text, size_t text_size);
+void tenant_unclaim(struct tenant *tenant, uint64_t bytes);
 
 /* A reference to the arena of a layout's geometry and model, made when it is the first. */
 int tenant_arena(struct tenant *tenant, const struct kvg_layout *layout, struct arena **ret);

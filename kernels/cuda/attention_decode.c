@@ -14,7 +14,7 @@ static size_t align_up(size_t size, size_t unit)
 /* Bytes of struct kvg_shared in attention_decode.cuh. */
 static uint32_t shared_size(const struct kvg_attention_decode *decode, uint32_t group)
 {
-	const uint32_t warps = decode->warps, slots = warps * 2 * 80 + 16,
+	const uint32_t warps = decode->warps, slots = warps * 2 * 80 + 32,
 		       queries = warps * decode->dim * (uint32_t)kvg_dtype_size(decode->dtype) * 8,
 		       sums = warps * 2 * group * (decode->dim + 4) * 4, between = warps * 32 * 32;
 
@@ -35,7 +35,7 @@ CUresult kvg_attention_decode_load(struct kvg_cuda_attention *attention)
 {
 #define NAME(type, dtype_, dim_, units_, warps_) "kvg_attend_" #type "_" #dim_,
 #define KERNEL(type, dtype_, dim_, units_, warps_)                                                                     \
-	{.dtype = KVG_KERNEL_##dtype_, .dim = dim_, .units = units_, .warps = warps_},
+	{.dtype = KVG_KERNEL_##dtype_, .dim = (dim_), .units = (units_), .warps = (warps_)},
 	static const char *const names[] = {KVG_ATTENTION_KERNELS(NAME)};
 	static const struct kvg_attention_decode kernels[] = {KVG_ATTENTION_KERNELS(KERNEL)};
 #undef NAME

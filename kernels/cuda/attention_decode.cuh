@@ -15,6 +15,12 @@
  *      A last half chunk of 32 elements goes 8 bytes at a time with 4 r + 2 t.
  * The accumulators of S^T hold queries 2j and 2j + 1 of pairs r and r + 8; movmatrix turns the weights into
  * B fragments. The accumulators of O^T hold queries 2j and 2j + 1, too: rescaling stays in the lane.
+ * fp32 is laid out alike byte for byte: half as many elements wherever bytes are counted, m16n8k8 of tf32.
+ *
+ * The layer's blocks are divided evenly among warps (workers), wherever rows end. A warp that has all of a row writes
+ * its output; other parts meet in shared memory, and rows that go on in other thread blocks in global memory, where the
+ * thread block that comes last merges them. The division depends on lengths alone and parts are merged in their order,
+ * so results do not depend on who was when.
  *
  * The running maximum is raised only when a logit passes it by more than 2^8 (as in FlashAttention-4): weights then
  * stay under 256 and no precision is lost, and most blocks need no reduction across lanes.
@@ -216,17 +222,17 @@ template <int UNITS> struct kvg_walk {
 
 		return i * 16 < segment.length ? __ldg(ids + i) : 0;
 	}
-	/* Comes to block `block` of a row, which has the id `first_id`. */
-	__device__ __forceinline__ void enter(uint32_t block, uint32_t slot, uint32_t first_id)
+	/* Comes to block `block` of a row; at: that row, with the block's id. */
+	__device__ __forceinline__ void enter(const struct kvg_attention_row &at, uint32_t block)
 	{
-		const uint32_t sequence = segment.row / args.heads, head = segment.row - sequence * args.heads;
-
-		ids = args.ids + ((size_t)min(slot, args.max_sequences - 1) * args.heads + head) * args.row_cap;
+		ids = args.ids + (size_t)at.table * args.row_cap;
+		segment.length = at.length;
+		segment.first = at.first;
 		segment.begin = block;
-		segment.blocks = max((segment.length + 15) / 16, 1u);
+		segment.blocks = max((at.length + 15) / 16, 1u);
 		group.block = block;
-		group.count = segment.length ? 1 : 0;
-		id[0] = first_id;
+		group.count = at.length ? 1 : 0;
+		id[0] = at.id;
 		base = block + 1;
 		held = peek(base);
 		coming = peek(base + 32);
@@ -239,9 +245,7 @@ template <int UNITS> struct kvg_walk {
 	{
 		left = start.count;
 		segment.row = start.row;
-		segment.length = start.length;
-		segment.first = start.first;
-		enter(start.block, start.slot, start.id);
+		enter(start.at, start.block);
 	}
 	/* To the next group, if there is one. */
 	__device__ __forceinline__ bool advance()
@@ -252,9 +256,7 @@ template <int UNITS> struct kvg_walk {
 			return false;
 		if (block == segment.blocks) {
 			segment.row++;
-			segment.length = next.length;
-			segment.first = next.first;
-			enter(0, next.slot, next.id);
+			enter(next, 0);
 			return true;
 		}
 		if (block - base == 32) {
@@ -286,16 +288,27 @@ struct kvg_slot {
 	float most[KVG_ATTENTION_QUERIES], sum[KVG_ATTENTION_QUERIES];
 };
 
+/* The thread blocks that share a row, both included. */
+struct kvg_sharers {
+	uint32_t begin, end;
+};
+
+/* A row that this thread block shares with others. */
+struct kvg_shared_row {
+	uint32_t row, last; /* whether all other parts are there */
+	struct kvg_sharers sharers;
+};
+
 /*
- * Shared memory: slots[warps][2], four flags, queries of each warp as B fragments, then sums[warps][2][group][D + 4],
- * or at least 32 bytes for each thread. shared_size() in attention_decode.c counts the same.
+ * Shared memory: slots[warps][2], two shared rows, queries of each warp as B fragments, then sums[warps][2][group][D +
+ * 4], or at least 32 bytes for each thread. shared_size() in attention_decode.c counts the same.
  */
 template <class State> struct kvg_shared {
 	static constexpr uint32_t STRIDE = State::DIM + 4;     /* avoids equal banks */
 	static constexpr uint32_t QUERIES = State::STEPS * 32; /* uint4 of one warp */
 
 	struct kvg_slot *slots;
-	uint32_t *flags;
+	struct kvg_shared_row *rows;
 	uint4 *queries;
 	float *sums;
 	uint32_t group, warps;
@@ -303,8 +316,8 @@ template <class State> struct kvg_shared {
 	__device__ __forceinline__ kvg_shared(uint8_t *memory, uint32_t group_) : group(group_), warps(blockDim.x / 32)
 	{
 		slots = (struct kvg_slot *)memory;
-		flags = (uint32_t *)(slots + 2 * warps);
-		queries = (uint4 *)(flags + 4);
+		rows = (struct kvg_shared_row *)(slots + 2 * warps);
+		queries = (uint4 *)(rows + 2);
 		sums = (float *)(queries + warps * QUERIES);
 	}
 	__device__ __forceinline__ float *sum(uint32_t slot, uint32_t query) const
@@ -345,7 +358,7 @@ static __device__ __forceinline__ void kvg_put_row(const State &state, uint8_t *
 #pragma unroll
 	for (int i = 0; i < 2; i++) {
 		const uint32_t query = 2 * (threadIdx.x % 4) + i;
-		const float share = state.sum[i] > 0 ? 1.0f / state.sum[i] : 0;
+		const float share = kvg_share_of(state.sum[i]);
 
 		if (query < group)
 #pragma unroll
@@ -454,7 +467,7 @@ static __device__ __forceinline__ void kvg_work(const struct kvg_attention_atten
 
 /* ---- merging ---- */
 
-/* A softmax-weighted sum of some pairs. */
+/* A softmax-weighted sum of some pairs, for four elements of the output. */
 struct kvg_part {
 	float most, sum;
 	float4 out;
@@ -467,18 +480,26 @@ static __device__ __forceinline__ struct kvg_part kvg_part_none()
 	return none;
 }
 
-static __device__ __forceinline__ void kvg_part_add(struct kvg_part &all, const struct kvg_part &part)
+/* Merges parts in their order. Some part must have pairs. */
+template <int COUNT>
+static __device__ __forceinline__ struct kvg_part kvg_parts_merge(const struct kvg_part (&parts)[COUNT])
 {
-	const float most = fmaxf(all.most, part.most);
-	const float a = all.most == most ? 1.0f : kvg_exp2(all.most - most),
-		    b = part.most == most ? 1.0f : kvg_exp2(part.most - most);
+	struct kvg_part all = kvg_part_none();
 
-	all.most = most;
-	all.sum = all.sum * a + part.sum * b;
-	all.out.x = all.out.x * a + part.out.x * b;
-	all.out.y = all.out.y * a + part.out.y * b;
-	all.out.z = all.out.z * a + part.out.z * b;
-	all.out.w = all.out.w * a + part.out.w * b;
+#pragma unroll
+	for (int i = 0; i < COUNT; i++)
+		all.most = fmaxf(all.most, parts[i].most);
+#pragma unroll
+	for (int i = 0; i < COUNT; i++) {
+		const float weight = kvg_exp2(parts[i].most - all.most);
+
+		all.sum += parts[i].sum * weight;
+		all.out.x += parts[i].out.x * weight;
+		all.out.y += parts[i].out.y * weight;
+		all.out.z += parts[i].out.z * weight;
+		all.out.w += parts[i].out.w * weight;
+	}
+	return all;
 }
 
 /* Four elements of the output, from element `at` of a query on. */
@@ -486,7 +507,7 @@ template <class State>
 static __device__ __forceinline__ void kvg_part_finish(
 	const struct kvg_part &all, uint8_t *out, uint32_t query, uint32_t at)
 {
-	const float share = all.sum > 0 ? 1.0f / all.sum : 0;
+	const float share = kvg_share_of(all.sum);
 
 	State::Type::store4(out + query * State::ROW + at * State::Type::SIZE,
 		make_float4(all.out.x * share, all.out.y * share, all.out.z * share, all.out.w * share));
@@ -500,29 +521,60 @@ static __device__ __forceinline__ float *kvg_partial(
 	return args.scratch + (size_t)(2 * block + which) * (args.group * State::DIM + 32);
 }
 
-/* The row parts of consecutive warps: slot `head`, then [0] of the warps up to `last`. */
+/* The row parts of consecutive warps: slot `head`, then [0] of the warps after it up to `last`. */
 struct kvg_chain {
 	uint32_t head, last;
-	bool ends;
+	bool ends; /* with the row's end */
 };
 
-/* The chain that begins at this slot, if any does. */
-template <class State>
-static __device__ __forceinline__ bool kvg_chain_find(
-	const struct kvg_shared<State> &shared, uint32_t head, struct kvg_chain *chain)
-{
-	const uint32_t row = shared.slots[head].row;
-	uint32_t last = head / 2;
-	bool ends = shared.slots[head].ends;
+/* Which warps have a part [0], one that reaches its row's end, and a part [1]. */
+struct kvg_masks {
+	uint32_t before, ending, after;
+};
 
-	if (row == ~0u)
-		return false;
-	for (; !ends && last + 1 < shared.warps && shared.slots[2 * (last + 1)].row == row; last++)
-		ends = shared.slots[2 * (last + 1)].ends;
-	chain->head = head;
-	chain->last = last;
-	chain->ends = ends;
-	return true;
+template <class State>
+static __device__ __forceinline__ struct kvg_masks kvg_masks_of(const struct kvg_shared<State> &shared)
+{
+	const uint32_t lane = threadIdx.x % 32;
+	const struct kvg_slot *slot = shared.slots + 2 * min(lane, shared.warps - 1);
+	const bool some = lane < shared.warps, before = some && slot[0].row != ~0u;
+	const struct kvg_masks masks = {__ballot_sync(KVG_ALL_LANES, before),
+		__ballot_sync(KVG_ALL_LANES, before && slot[0].ends),
+		__ballot_sync(KVG_ALL_LANES, some && slot[1].row != ~0u)};
+
+	return masks;
+}
+
+/* A part is followed by those of the next warps, until one ends the row: workers' blocks are consecutive. */
+static __device__ __forceinline__ struct kvg_chain kvg_chain_from(const struct kvg_masks &masks, uint32_t head)
+{
+	const uint32_t from = (head + 1) / 2, ending = masks.ending >> from << from,
+		       others = masks.before >> from << from;
+	struct kvg_chain chain = {head, head / 2, false};
+
+	if (ending) {
+		chain.last = __ffs(ending) - 1;
+		chain.ends = true;
+	} else if (others) {
+		chain.last = 31 - __clz(others);
+	}
+	return chain;
+}
+
+/* Four elements of the part of a chain's warp; beyond the last one there is none. */
+template <class State>
+static __device__ __forceinline__ struct kvg_part kvg_chain_part(const struct kvg_shared<State> &shared,
+	const struct kvg_chain &chain, uint32_t warp, uint32_t query, uint32_t at)
+{
+	const uint32_t slot = warp == chain.head / 2 ? chain.head : 2 * warp;
+	struct kvg_part part = kvg_part_none();
+
+	if (warp <= chain.last) {
+		part.most = shared.slots[slot].most[query];
+		part.sum = shared.slots[slot].sum[query];
+		part.out = *(const float4 *)(shared.sum(slot, query) + at);
+	}
+	return part;
 }
 
 /* Merges a chain in the order of its warps: to the output if that is the whole row, else to the partial results. */
@@ -530,58 +582,53 @@ template <class State>
 static __device__ __forceinline__ void kvg_chain_merge(
 	const struct kvg_attention_attend &args, const struct kvg_shared<State> &shared, const struct kvg_chain &chain)
 {
-	const bool whole = chain.head % 2 && chain.ends;
+	constexpr int AHEAD = 6;
 	float *partial = kvg_partial<State>(args, blockIdx.x, chain.head % 2);
 	uint8_t *out = args.out + kvg_row_offset<State>(args, shared.slots[chain.head].row, args.out_stride);
 
 	for (uint32_t i = threadIdx.x; i < args.group * (State::DIM / 4); i += blockDim.x) {
 		const uint32_t query = i / (State::DIM / 4), at = i % (State::DIM / 4) * 4;
-		struct kvg_part all = kvg_part_none();
+		struct kvg_part parts[AHEAD + 1];
 
-#pragma unroll 4
-		for (uint32_t warp = chain.head / 2; warp <= chain.last; warp++) {
-			const uint32_t slot = warp == chain.head / 2 ? chain.head : 2 * warp;
-			const struct kvg_part part = {shared.slots[slot].most[query], shared.slots[slot].sum[query],
-				*(const float4 *)(shared.sum(slot, query) + at)};
-
-			kvg_part_add(all, part);
+		parts[AHEAD] = kvg_part_none();
+		for (uint32_t warp = chain.head / 2; warp <= chain.last; warp += AHEAD) {
+#pragma unroll
+			for (int a = 0; a < AHEAD; a++)
+				parts[a] = kvg_chain_part(shared, chain, warp + a, query, at);
+			parts[AHEAD] = kvg_parts_merge(parts);
 		}
-		if (whole) {
-			kvg_part_finish<State>(all, out, query, at);
+		if (chain.head % 2 && chain.ends) {
+			kvg_part_finish<State>(parts[AHEAD], out, query, at);
 			continue;
 		}
-		*(float4 *)(partial + query * State::DIM + at) = all.out;
+		*(float4 *)(partial + query * State::DIM + at) = parts[AHEAD].out;
 		if (at == 0) {
-			partial[args.group * State::DIM + query] = all.most;
-			partial[args.group * State::DIM + 8 + query] = all.sum;
+			partial[args.group * State::DIM + query] = parts[AHEAD].most;
+			partial[args.group * State::DIM + 8 + query] = parts[AHEAD].sum;
 		}
 	}
 }
 
-/* The worker that has this block. */
-static __device__ __forceinline__ uint32_t kvg_worker_of(const struct kvg_attention_head &head, uint32_t block)
+/* ---- rows that several thread blocks share ---- */
+
+/* The thread block whose worker has this block: workers begin at worker * total / workers, rounded down. */
+static __device__ __forceinline__ uint32_t kvg_sharer_of(const struct kvg_attention_head &plan, uint32_t block)
 {
-	return (uint32_t)(((uint64_t)(block + 1) * head.workers - 1) / head.total);
+	return (uint32_t)__umul64hi((uint64_t)(block + 1) * plan.workers - 1, plan.inverse) / (blockDim.x / 32);
 }
 
-/* The thread blocks that share a row. */
-struct kvg_sharers {
-	uint32_t begin, end; /* both included */
-};
-
 static __device__ __forceinline__ struct kvg_sharers kvg_sharers_of(
-	const struct kvg_attention_head &head, const struct kvg_slot &slot)
+	const struct kvg_attention_head &plan, const struct kvg_slot &slot)
 {
-	const uint32_t warps = blockDim.x / 32;
 	const struct kvg_sharers sharers = {
-		kvg_worker_of(head, slot.first) / warps, kvg_worker_of(head, slot.first + slot.blocks - 1) / warps};
+		kvg_sharer_of(plan, slot.first), kvg_sharer_of(plan, slot.first + slot.blocks - 1)};
 
 	return sharers;
 }
 
-/* Partial result of the sharers' thread block `block` for four elements. */
+/* Four elements of a sharer's part; beyond the last one there is none. */
 template <class State>
-static __device__ __forceinline__ struct kvg_part kvg_part_load(const struct kvg_attention_attend &args,
+static __device__ __forceinline__ struct kvg_part kvg_sharer_part(const struct kvg_attention_attend &args,
 	const struct kvg_sharers &sharers, uint32_t block, uint32_t query, uint32_t at)
 {
 	const float *from = kvg_partial<State>(args, block, block == sharers.begin);
@@ -595,65 +642,77 @@ static __device__ __forceinline__ struct kvg_part kvg_part_load(const struct kvg
 	return part;
 }
 
+/* What a line of threads merges: every lines'th part, from part `line` on. */
+template <class State>
+static __device__ __forceinline__ struct kvg_part kvg_line_merge(const struct kvg_attention_attend &args,
+	const struct kvg_sharers &sharers, uint32_t line, uint32_t lines, uint32_t query, uint32_t at)
+{
+	constexpr int AHEAD = 8;
+	struct kvg_part parts[AHEAD + 1];
+
+	parts[AHEAD] = kvg_part_none();
+	for (uint32_t block = sharers.begin + line; block <= sharers.end; block += AHEAD * lines) {
+#pragma unroll
+		for (int a = 0; a < AHEAD; a++)
+			parts[a] = kvg_sharer_part<State>(args, sharers, block + a * lines, query, at);
+		parts[AHEAD] = kvg_parts_merge(parts);
+	}
+	return parts[AHEAD];
+}
+
 /*
- * Merges the partial results of a row, in their order. Lines of threads, each as wide as the group's numbers, take
- * every lines'th part; the first line merges the others' sums through shared memory.
+ * Merges the parts of a row. Threads form lines, each as wide as the group's numbers; the first line merges what
+ * the lines have merged, through shared memory.
  */
 template <class State>
-static __device__ __forceinline__ void kvg_reduce(const struct kvg_attention_attend &args,
+static __device__ __forceinline__ void kvg_share_merge(const struct kvg_attention_attend &args,
 	const struct kvg_sharers &sharers, struct kvg_part *between, uint8_t *out)
 {
-	constexpr uint32_t AHEAD = 8;
-	const uint32_t width = args.group * (State::DIM / 4), lines = max(blockDim.x / width, 1u),
-		       line = threadIdx.x / width;
+	constexpr int MOST = 8;
+	const uint32_t width = args.group * (State::DIM / 4), line = threadIdx.x / width,
+		       lines = min(min(max(blockDim.x / width, 1u), (uint32_t)MOST), sharers.end - sharers.begin + 1);
 
 	for (uint32_t i = threadIdx.x - line * width; line < lines && i < width; i += blockDim.x) {
 		const uint32_t query = i / (State::DIM / 4), at = i % (State::DIM / 4) * 4;
-		struct kvg_part all = kvg_part_none();
+		const struct kvg_part part = kvg_line_merge<State>(args, sharers, line, lines, query, at);
 
-		for (uint32_t block = sharers.begin + line; block <= sharers.end; block += AHEAD * lines) {
-			struct kvg_part part[AHEAD];
-
-#pragma unroll
-			for (uint32_t a = 0; a < AHEAD; a++)
-				part[a] = kvg_part_load<State>(args, sharers, block + a * lines, query, at);
-#pragma unroll
-			for (uint32_t a = 0; a < AHEAD; a++)
-				kvg_part_add(all, part[a]);
-		}
 		if (lines == 1)
-			kvg_part_finish<State>(all, out, query, at);
+			kvg_part_finish<State>(part, out, query, at);
 		else
-			between[line * width + i] = all;
-	}
-	if (lines == 1)
-		return;
-	__syncthreads();
-	if (threadIdx.x < width) {
-		struct kvg_part all = between[threadIdx.x];
-
-		for (uint32_t other = 1; other < lines; other++)
-			kvg_part_add(all, between[other * width + threadIdx.x]);
-		kvg_part_finish<State>(all, out, threadIdx.x / (State::DIM / 4), threadIdx.x % (State::DIM / 4) * 4);
+			between[line * width + i] = part;
 	}
 	__syncthreads();
-}
+	if (lines > 1 && threadIdx.x < width) {
+		struct kvg_part parts[MOST];
 
-/* Counts this thread block's part of the row at a slot; whether it is the last one. */
-static __device__ __forceinline__ bool kvg_is_last(
-	const struct kvg_attention_attend &args, const struct kvg_attention_head &plan, const struct kvg_slot &slot)
-{
-	uint32_t *counter = (uint32_t *)(args.plan.memory + args.plan.counters_at) + slot.row;
-	const struct kvg_sharers sharers = kvg_sharers_of(plan, slot);
-	const bool last = atomicAdd(counter, 1) == sharers.end - sharers.begin;
-
-	if (last)
-		*counter = 0;
-	return last;
+#pragma unroll
+		for (int i = 0; i < MOST; i++)
+			parts[i] = i < (int)lines ? between[i * width + threadIdx.x] : kvg_part_none();
+		kvg_part_finish<State>(kvg_parts_merge(parts), out, threadIdx.x / (State::DIM / 4),
+			threadIdx.x % (State::DIM / 4) * 4);
+	}
+	__syncthreads();
 }
 
 /*
- * Rows that other thread blocks share too, at slots `before` (it began there) and `after` (it goes on there), or ~0:
+ * Counts this thread block's part of a row; whether it is the last one. Stores of the whole block that a barrier
+ * put before this are visible to whoever counts later, and theirs to this thread.
+ */
+static __device__ __forceinline__ bool kvg_is_last(
+	const struct kvg_attention_attend &args, uint32_t row, const struct kvg_sharers &sharers)
+{
+	uint32_t *counter = (uint32_t *)(args.plan.memory + args.plan.counters_at) + row;
+	uint32_t earlier;
+
+	asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(earlier) : "l"(counter) : "memory");
+	if (earlier != sharers.end - sharers.begin)
+		return false;
+	*counter = 0;
+	return true;
+}
+
+/*
+ * Rows at slots `before` (it began in an earlier thread block) and `after` (it goes on in a later one), or ~0:
  * whichever thread block comes last merges all parts.
  */
 template <class State>
@@ -661,22 +720,24 @@ static __device__ __forceinline__ void kvg_share(const struct kvg_attention_atte
 	const struct kvg_shared<State> &shared, const struct kvg_attention_head &plan, uint32_t before, uint32_t after)
 {
 	const uint32_t own = threadIdx.x ? after : before;
+	struct kvg_shared_row *row = shared.rows + threadIdx.x;
 
-	__threadfence();
-	__syncthreads();
 	if (threadIdx.x < 2) {
-		shared.flags[threadIdx.x] = own != ~0u && kvg_is_last(args, plan, shared.slots[own]);
-		__threadfence();
+		row->last = false;
+		if (own != ~0u) {
+			row->row = shared.slots[own].row;
+			row->sharers = kvg_sharers_of(plan, shared.slots[own]);
+		}
 	}
+	__syncthreads();
+	if (threadIdx.x < 2 && own != ~0u)
+		row->last = kvg_is_last(args, row->row, row->sharers);
 	__syncthreads();
 #pragma unroll 1
-	for (uint32_t i = 0; i < 2; i++) {
-		const struct kvg_slot *slot = shared.slots + (i ? after : before);
-
-		if (shared.flags[i])
-			kvg_reduce<State>(args, kvg_sharers_of(plan, *slot), (struct kvg_part *)shared.sums,
-				args.out + kvg_row_offset<State>(args, slot->row, args.out_stride));
-	}
+	for (row = shared.rows; row < shared.rows + 2; row++)
+		if (row->last)
+			kvg_share_merge<State>(args, row->sharers, (struct kvg_part *)shared.sums,
+				args.out + kvg_row_offset<State>(args, row->row, args.out_stride));
 }
 
 template <class State>
@@ -686,29 +747,26 @@ static __device__ __forceinline__ void kvg_merge(const struct kvg_attention_atte
 	uint32_t before = ~0u, after = ~0u;
 
 	__syncthreads();
-#pragma unroll 1
-	for (uint32_t i = 0; i <= shared.warps; i++) {
-		const uint32_t head = i ? 2 * i - 1 : 0;
-		struct kvg_chain chain;
+	const struct kvg_masks masks = kvg_masks_of(shared);
 
-		if (!kvg_chain_find(shared, head, &chain))
-			continue;
-		kvg_chain_merge<State>(args, shared, chain);
-		before = head == 0 ? head : before;
-		after = head > 0 && !chain.ends ? head : after;
+	/* Chains begin at slot 0 or at a slot [1]: bit n is that of warp n - 1. */
+#pragma unroll 1
+	for (uint32_t heads = masks.after << 1 | (masks.before & 1); heads; heads &= heads - 1) {
+		const uint32_t bit = __ffs(heads) - 1;
+		const struct kvg_chain chain = kvg_chain_from(masks, bit ? 2 * bit - 1 : 0);
+
+		kvg_chain_merge(args, shared, chain);
+		before = bit ? before : 0;
+		after = bit && !chain.ends ? chain.head : after;
 	}
 	if (before != ~0u || after != ~0u)
-		kvg_share<State>(args, shared, plan, before, after);
+		kvg_share(args, shared, plan, before, after);
 }
 
 template <class State> static __device__ __forceinline__ void kvg_attend(const struct kvg_attention_attend &args)
 {
 	extern __shared__ uint4 memory[];
 	const struct kvg_shared<State> shared((uint8_t *)memory, args.group);
-#ifdef KVG_PDL
-	asm volatile("griddepcontrol.launch_dependents;");
-	asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 	const struct kvg_attention_head plan = *(const struct kvg_attention_head *)args.plan.memory;
 	const uint32_t warp = threadIdx.x / 32, worker = blockIdx.x * shared.warps + warp;
 	const struct kvg_attention_start start =

@@ -5,7 +5,7 @@
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_args.h"
 
-#define KVG_ATTENTION_ONE(type, dtype, dim, units, warps) +1
+#define KVG_ATTENTION_ONE(type, dtype, dim, units, warps) +1 /* NOLINT(bugprone-macro-parentheses): a summand */
 #define KVG_ATTENTION_COUNT                               (0 KVG_ATTENTION_KERNELS(KVG_ATTENTION_ONE))
 
 /* Decode attention for one dtype and dimension. */

@@ -25,12 +25,6 @@ static __device__ __forceinline__ uint4 kvg_load16(const uint8_t *at, uint64_t p
 {
 	uint4 x;
 
-#ifdef KVG_NO_POLICY
-	asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-		     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-		     : "l"(at));
-	return x;
-#endif
 	asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
 		     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
 		     : "l"(at), "l"(policy));
@@ -53,6 +47,15 @@ static __device__ __forceinline__ float kvg_exp2(float x)
 
 	asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
 	return y;
+}
+
+/* 1 / sum, or 0 of 0: rows without pairs give zeros. */
+static __device__ __forceinline__ float kvg_share_of(float sum)
+{
+	float y;
+
+	asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(sum));
+	return sum == 0 ? 0 : y;
 }
 
 static __device__ __forceinline__ uint32_t kvg_transpose(uint32_t x)

@@ -30,7 +30,8 @@ CUresult kvg_cuda_copy_scrub(const struct kvg_cuda_copy *copy, CUdeviceptr at, s
 
 /*
  * Transfers between blocks and pinned host memory. A pipe owns two stagings of staging_size bytes, a second stream and
- * events; it serves one caller at a time. staging_size 0: a size that measured well.
+ * events; it serves one caller at a time, whose calls are on one stream or ordered otherwise. staging_size 0: a size
+ * that measured well.
  */
 struct kvg_cuda_copy_pipe;
 struct kvg_cuda_copy_pipe *kvg_cuda_copy_pipe_new(

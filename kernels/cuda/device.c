@@ -16,8 +16,7 @@ static CUresult read_granularity(struct kvg_cuda *cuda)
 		.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
 		.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = cuda->device}};
 
-	return cuda->driver->cuMemGetAllocationGranularity(
-		&cuda->granularity, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM);
+	return cuda->driver->cuMemGetAllocationGranularity(&cuda->granularity, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM);
 }
 
 static CUresult read_properties(struct kvg_cuda *cuda)
@@ -33,8 +32,7 @@ static CUresult read_properties(struct kvg_cuda *cuda)
 	if (result == CUDA_SUCCESS)
 		result = attribute(cuda, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, &cuda->sm_count);
 	if (result == CUDA_SUCCESS)
-		result = attribute(
-			cuda, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &cuda->shared_optin);
+		result = attribute(cuda, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &cuda->shared_optin);
 	if (result == CUDA_SUCCESS)
 		result = driver->cuDeviceTotalMem(&total, cuda->device);
 	if (result == CUDA_SUCCESS)
@@ -59,8 +57,9 @@ static int check_features(const struct kvg_cuda *cuda, char *text, size_t text_s
 			CUDA_SUCCESS &&
 		descriptors && cuda->capability >= 80)
 		return 0;
-	(void)snprintf(text, text_size, "%s: compute capability %d.%d, memory as descriptors: %s; needed are 8.0 and yes",
-		cuda->name, cuda->capability / 10, cuda->capability % 10, descriptors ? "yes" : "no");
+	(void)snprintf(text, text_size,
+		"%s: compute capability %d.%d, memory as descriptors: %s; needed are 8.0 and yes", cuda->name,
+		cuda->capability / 10, cuda->capability % 10, descriptors ? "yes" : "no");
 	return -EOPNOTSUPP;
 }
 
@@ -121,8 +120,7 @@ static int find_uuid(const struct kvg_cuda_driver *driver, const uint8_t uuid[16
 		CUuuid found;
 
 		if (driver->cuDeviceGet(&device, i) == CUDA_SUCCESS &&
-			driver->cuDeviceGetUuid(&found, device) == CUDA_SUCCESS &&
-			memcmp(found.bytes, uuid, 16) == 0)
+			driver->cuDeviceGetUuid(&found, device) == CUDA_SUCCESS && memcmp(found.bytes, uuid, 16) == 0)
 			return i;
 	}
 	return -1;

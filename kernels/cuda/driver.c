@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define TEXT_OF(name)  #name
+#define TEXT_OF(name)   #name
 #define SYMBOL_OF(name) TEXT_OF(name) /* after cuda.h's macros */
 
 struct symbol {

@@ -39,7 +39,7 @@
 	X(cuFuncSetAttribute)                                                                                          \
 	X(cuFuncGetAttribute)                                                                                          \
 	X(cuOccupancyMaxActiveBlocksPerMultiprocessor)                                                                 \
-	X(cuOccupancyMaxActiveClusters) \
+	X(cuOccupancyMaxActiveClusters)                                                                                \
 	X(cuLaunchKernel)                                                                                              \
 	X(cuLaunchKernelEx)                                                                                            \
 	X(cuLaunchCooperativeKernel)                                                                                   \
@@ -100,7 +100,7 @@
 	X(cuTensorMapEncodeTiled)
 
 struct kvg_cuda_driver {
-#define KVG_CUDA_MEMBER(name) __typeof__(&name) name;
+#define KVG_CUDA_MEMBER(name) __typeof__(&name) name; /* NOLINT(bugprone-macro-parentheses): a declaration */
 	KVG_CUDA_FUNCTIONS(KVG_CUDA_MEMBER)
 #undef KVG_CUDA_MEMBER
 	int version; /* 13000 for 13.0 */

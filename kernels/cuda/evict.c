@@ -11,9 +11,7 @@ enum {
 	GATHER,
 	COUNT,
 	MARK,
-	MOVE_8,
-	MOVE_16,
-	MOVE_ANY,
+	MOVE,
 	COMPACT,
 	RELOCATE,
 	PUBLISH,
@@ -25,9 +23,7 @@ static const char *const names[KERNELS] = {
 	[GATHER] = "kvg_evict_gather",
 	[COUNT] = "kvg_evict_count",
 	[MARK] = "kvg_evict_mark",
-	[MOVE_8] = "kvg_evict_move_8",
-	[MOVE_16] = "kvg_evict_move_16",
-	[MOVE_ANY] = "kvg_evict_move_any",
+	[MOVE] = "kvg_evict_move",
 	[COMPACT] = "kvg_evict_compact",
 	[RELOCATE] = "kvg_evict_relocate",
 	[PUBLISH] = "kvg_evict_publish",
@@ -173,8 +169,9 @@ CUresult kvg_cuda_evict_gather(const struct kvg_cuda_evict *evict, const struct 
 
 	if (result != CUDA_SUCCESS)
 		return result;
-	return launch(evict, GATHER, ceil_div(rows->max_length, KVG_EVICT_GATHER_TILE), rows->layers * rows->heads,
-		KVG_EVICT_THREADS, stream, &args);
+	return launch(evict, GATHER,
+		ceil_div(rows->max_length, KVG_EVICT_WARPS * KVG_EVICT_GATHER_CHUNKS * KVG_CUDA_CHUNK),
+		rows->layers * rows->heads, KVG_EVICT_THREADS, stream, &args);
 }
 
 CUresult kvg_cuda_evict_count(const struct kvg_cuda_evict *evict, const struct kvg_cuda_area *area,
@@ -202,13 +199,6 @@ CUresult kvg_cuda_evict_mark(const struct kvg_cuda_evict *evict, const struct kv
 		rows->layers * rows->heads, KVG_EVICT_THREADS, stream, &args);
 }
 
-static int move_kernel(const struct kvg_cuda_area *area)
-{
-	if (area->k_bytes == 256 && area->v_bytes == 256)
-		return MOVE_16;
-	return area->k_bytes == 128 && area->v_bytes == 128 ? MOVE_8 : MOVE_ANY;
-}
-
 CUresult kvg_cuda_evict_move(const struct kvg_cuda_evict *evict, const struct kvg_cuda_area *area,
 	const struct kvg_cuda_moves *moves, CUstream stream)
 {
@@ -223,7 +213,7 @@ CUresult kvg_cuda_evict_move(const struct kvg_cuda_evict *evict, const struct kv
 		.lists = moves->lists};
 
 	return launch(
-		evict, move_kernel(area), ceil_div(moves->tiles, KVG_EVICT_WARPS), 1, KVG_EVICT_THREADS, stream, &args);
+		evict, MOVE, ceil_div(moves->tiles, KVG_EVICT_MOVE_WARPS), 1, 32 * KVG_EVICT_MOVE_WARPS, stream, &args);
 }
 
 CUresult kvg_cuda_evict_compact(const struct kvg_cuda_evict *evict, const struct kvg_cuda_area *area,
@@ -237,8 +227,8 @@ CUresult kvg_cuda_evict_compact(const struct kvg_cuda_evict *evict, const struct
 		.ids_cap = compaction->ids_cap,
 		.lists = compaction->lists};
 
-	return launch(
-		evict, COMPACT, ceil_div(compaction->tiles, KVG_EVICT_WARPS), 1, KVG_EVICT_THREADS, stream, &args);
+	return launch(evict, COMPACT, ceil_div(compaction->tiles, KVG_EVICT_MOVE_WARPS), 1, 32 * KVG_EVICT_MOVE_WARPS,
+		stream, &args);
 }
 
 CUresult kvg_cuda_evict_relocate(const struct kvg_cuda_evict *evict, const struct kvg_cuda_area *area,

@@ -6,13 +6,6 @@
 
 #define NO_RANK 0xffffffffu
 
-#ifndef MOVE_DEPTH
-#define MOVE_DEPTH 8u
-#endif
-#ifndef MOVE_BLOCKS
-#define MOVE_BLOCKS 3
-#endif
-
 /* ---- rows and ranks ---- */
 
 struct row_view {
@@ -23,14 +16,6 @@ struct row_view {
 __device__ static row_view view_row(const kvg_cuda_rows &rows, uint32_t row)
 {
 	return {rows.ids + (size_t)row * rows.ids_cap, rows.base_len[row], rows.length[row], rows.held[row]};
-}
-
-/* A pair as it lies in memory. */
-__device__ static uint2 *address_of(const kvg_evict_area &at, const row_view &row, uint32_t index)
-{
-	kvg_cuda_pair *pairs = evict_pairs(at, row.ids[index / KVG_CUDA_PLACES]) + index % KVG_CUDA_PLACES;
-
-	return reinterpret_cast<uint2 *>(pairs);
 }
 
 /* Position of an index: from the index itself where it is not written yet. */
@@ -56,19 +41,80 @@ __device__ static uint32_t rank_of(const kvg_cuda_scope &scope, uint32_t pos)
 	return pos - scope.begin - skip;
 }
 
-__device__ static uint32_t rank_at(const kvg_cuda_scope &scope, uint32_t index, uint32_t pos)
+/* What a pair's score counts as; x is its position. */
+__device__ static float score_in_scope(const kvg_cuda_scope &scope, uint2 pair)
 {
-	return scope.decode ? index : rank_of(scope, pos);
-}
+	uint32_t pos = pair.x;
+	float score = __uint_as_float(pair.y);
 
-__device__ static float score_in_scope(const kvg_cuda_scope &scope, uint32_t pos, float score)
-{
 	if (!scope.decode)
 		return scope.end - pos <= scope.window ? CUDART_INF_F : score;
 	for (uint32_t i = 0; i < scope.range_count; i++)
 		if (pos >= scope.range_begin[i] && pos < scope.range_end[i])
 			return CUDART_INF_F;
 	return pos < scope.first || pos >= scope.fresh_from ? 1.0f : score;
+}
+
+/* ---- chunks: up to 128 indices of a row, from a multiple of 16 on; a warp's lane has every 32nd ---- */
+
+#define LANE_PAIRS (KVG_CUDA_CHUNK / 32u)
+
+/* Indices [begin, end). */
+struct chunk {
+	uint32_t begin, end;
+};
+
+struct lane_pairs {
+	uint2 *address[LANE_PAIRS]; /* within the row's blocks, even where there is no pair */
+	uint2 pair[LANE_PAIRS];
+};
+
+__device__ static uint32_t lane_index(chunk at, uint32_t j)
+{
+	return at.begin + j * 32 + threadIdx.x % 32;
+}
+
+/* Pairs of the chunk that are this lane's. */
+__device__ static uint32_t lane_count(chunk at)
+{
+	uint32_t pairs = at.end - at.begin, lane = threadIdx.x % 32;
+
+	return pairs > lane ? (pairs - lane + 31) / 32 : 0;
+}
+
+/* Each lane finds one of the chunk's eight blocks; the others ask it. */
+__device__ static void read_chunk(const kvg_evict_area &area, const row_view &row, chunk at, lane_pairs &lane)
+{
+	uint32_t block = min(at.begin / KVG_CUDA_PLACES + threadIdx.x % 8, (at.end - 1) / KVG_CUDA_PLACES);
+	uint64_t pairs = reinterpret_cast<uint64_t>(evict_pairs(area, row.ids[block]));
+
+#pragma unroll
+	for (uint32_t j = 0; j < LANE_PAIRS; j++) {
+		uint64_t found = __shfl_sync(EVICT_ALL_LANES, pairs, 2 * j + threadIdx.x / 16 % 2);
+
+		lane.address[j] = reinterpret_cast<uint2 *>(found) + threadIdx.x % KVG_CUDA_PLACES;
+	}
+#pragma unroll
+	for (uint32_t j = 0; j < LANE_PAIRS; j++)
+		lane.pair[j] = *lane.address[j];
+}
+
+/*
+ * Whether the ranks of the chunk's pairs follow one another and are known from the indices alone: index i has rank
+ * *ret_first + (i - begin). The whole warp asks the same.
+ */
+__device__ static bool follow(
+	const kvg_cuda_scope &scope, const kvg_cuda_rows &rows, const row_view &row, chunk at, uint32_t *ret_first)
+{
+	uint32_t pos = rows.fold_pos + (at.begin - row.base_len), last = at.end - 1 - at.begin;
+
+	*ret_first = at.begin;
+	if (scope.decode)
+		return true;
+	if (at.begin < row.base_len)
+		return false;
+	*ret_first = rank_of(scope, pos);
+	return *ret_first != NO_RANK && rank_of(scope, pos + last) == *ret_first + last;
 }
 
 /* ---- store: scores to their pairs ---- */
@@ -78,6 +124,7 @@ __device__ static float clean_score(float score)
 	return isnan(score) ? 0.0f : fminf(fmaxf(score, -FLT_MAX), FLT_MAX);
 }
 
+/* Grid: x tiles of tokens, y groups of heads of each layer. */
 extern "C" __global__ void __launch_bounds__(KVG_EVICT_STORE_TOKENS)
 	kvg_evict_store(const __grid_constant__ kvg_evict_store_args args)
 {
@@ -85,61 +132,86 @@ extern "C" __global__ void __launch_bounds__(KVG_EVICT_STORE_TOKENS)
 	uint32_t layer = blockIdx.y / groups, head = blockIdx.y % groups * KVG_EVICT_STORE_HEADS;
 	uint32_t heads = min(args.rows.heads - head, KVG_EVICT_STORE_HEADS);
 	uint32_t token = blockIdx.x * KVG_EVICT_STORE_TOKENS + threadIdx.x;
-	uint32_t row = (args.layer_begin + layer) * args.rows.heads + head,
-		 fresh = args.pos + token - args.rows.fold_pos;
+	uint32_t row = (args.layer_begin + layer) * args.rows.heads + head;
+	uint32_t fresh = args.pos + token - args.rows.fold_pos;
 	const float *from =
 		args.scores + layer * args.layer_stride + token * args.token_stride + head * args.head_stride;
-	uint2 *pairs[KVG_EVICT_STORE_HEADS];
+	uint32_t index[KVG_EVICT_STORE_HEADS], ids[KVG_EVICT_STORE_HEADS];
 	float scores[KVG_EVICT_STORE_HEADS];
 
 	if (token >= args.tokens)
 		return;
 #pragma unroll
 	for (uint32_t i = 0; i < KVG_EVICT_STORE_HEADS; i++) {
-		if (i >= heads)
-			break;
-		row_view view = {args.rows.ids + (size_t)(row + i) * args.rows.ids_cap, 0, 0, 0};
-
-		pairs[i] = address_of(args.at, view, args.rows.base_len[row + i] + fresh);
-		scores[i] = from[i * args.head_stride];
+		index[i] = args.rows.base_len[row + min(i, heads - 1)] + fresh;
+		scores[i] = from[min(i, heads - 1) * args.head_stride];
 	}
 #pragma unroll
 	for (uint32_t i = 0; i < KVG_EVICT_STORE_HEADS; i++)
+		ids[i] = args.rows.ids[(size_t)(row + min(i, heads - 1)) * args.rows.ids_cap +
+				       index[i] / KVG_CUDA_PLACES];
+#pragma unroll
+	for (uint32_t i = 0; i < KVG_EVICT_STORE_HEADS; i++) {
+		kvg_cuda_pair *pair = evict_pairs(args.at, ids[i]) + index[i] % KVG_CUDA_PLACES;
+		uint32_t score = __float_as_uint(clean_score(scores[i]));
+
 		if (i < heads)
-			*pairs[i] = make_uint2(args.pos + token, __float_as_uint(clean_score(scores[i])));
+			*reinterpret_cast<uint2 *>(pair) = make_uint2(args.pos + token, score);
+	}
 }
 
 /* ---- gather: candidates' scores in order ---- */
 
-/* Grid: x tiles of indices, y rows. */
+/* Candidates of a chunk, which is not empty, in this lane. */
+__device__ static uint32_t gather_chunk(const kvg_evict_gather_args &args, const row_view &row, float *out, chunk at)
+{
+	uint32_t first, count = 0;
+	bool direct = follow(args.scope, args.rows, row, at, &first);
+	lane_pairs lane;
+
+	read_chunk(args.at, row, at, lane);
+#pragma unroll
+	for (uint32_t j = 0; j < LANE_PAIRS; j++)
+		lane.pair[j].x = position(args.rows, row, lane_index(at, j), lane.pair[j]);
+	if (direct) {
+		out += first + threadIdx.x % 32;
+#pragma unroll
+		for (uint32_t j = 0; j < LANE_PAIRS; j++)
+			if (lane_index(at, j) < at.end)
+				out[32 * j] = score_in_scope(args.scope, lane.pair[j]);
+		return lane_count(at);
+	}
+#pragma unroll
+	for (uint32_t j = 0; j < LANE_PAIRS; j++) {
+		uint32_t rank = rank_of(args.scope, lane.pair[j].x);
+
+		if (lane_index(at, j) >= at.end || rank == NO_RANK)
+			continue;
+		out[rank] = score_in_scope(args.scope, lane.pair[j]);
+		count++;
+	}
+	return count;
+}
+
+/* Grid: x units of KVG_EVICT_GATHER_CHUNKS chunks for each warp, y rows. */
 extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS)
 	kvg_evict_gather(const __grid_constant__ kvg_evict_gather_args args)
 {
 	__shared__ uint32_t found;
 	row_view row = view_row(args.rows, blockIdx.y);
 	float *out = args.scores + args.offset[blockIdx.y];
-	uint32_t first = blockIdx.x * KVG_EVICT_GATHER_TILE + threadIdx.x, count = 0;
-	uint2 pairs[KVG_EVICT_GATHER_DEPTH];
+	uint32_t first = blockIdx.x * KVG_EVICT_WARPS * KVG_EVICT_GATHER_CHUNKS, count = 0;
 
-	if (blockIdx.x * KVG_EVICT_GATHER_TILE >= row.length)
+	if (first * KVG_CUDA_CHUNK >= row.length)
 		return;
 	if (threadIdx.x == 0)
 		found = 0;
 #pragma unroll
-	for (uint32_t j = 0; j < KVG_EVICT_GATHER_DEPTH; j++)
-		pairs[j] = *address_of(args.at, row, min(first + j * KVG_EVICT_THREADS, row.length - 1));
-#pragma unroll
-	for (uint32_t j = 0; j < KVG_EVICT_GATHER_DEPTH; j++) {
-		uint32_t index = first + j * KVG_EVICT_THREADS;
+	for (uint32_t i = 0; i < KVG_EVICT_GATHER_CHUNKS; i++) {
+		uint32_t begin = (first + i * KVG_EVICT_WARPS + threadIdx.x / 32) * KVG_CUDA_CHUNK;
 
-		if (index >= row.length)
-			break;
-		uint32_t pos = position(args.rows, row, index, pairs[j]), rank = rank_at(args.scope, index, pos);
-
-		if (rank == NO_RANK)
-			continue;
-		out[rank] = score_in_scope(args.scope, pos, __uint_as_float(pairs[j].y));
-		count++;
+		if (begin < row.length)
+			count += gather_chunk(args, row, out, {begin, min(begin + KVG_CUDA_CHUNK, row.length)});
 	}
 	__syncthreads();
 	count = __reduce_add_sync(EVICT_ALL_LANES, count);
@@ -150,12 +222,7 @@ extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS)
 		atomicAdd(&args.found[blockIdx.y], found);
 }
 
-/* ---- count and mark, in chunks: c-th of the held indices, c-th stripe of the fresh ones ---- */
-
-/* Indices [begin, end) of a row, at most 128. */
-struct chunk {
-	uint32_t begin, end;
-};
+/* ---- count and mark: c-th chunk of the held indices, c-th stripe of the fresh ones ---- */
 
 __device__ static chunk held_chunk(const row_view &row, uint32_t c)
 {
@@ -167,77 +234,88 @@ __device__ static chunk fresh_chunk(const row_view &row, uint32_t c)
 	return {min(row.held + c * KVG_CUDA_CHUNK, row.length), min(row.held + (c + 1) * KVG_CUDA_CHUNK, row.length)};
 }
 
-/* A lane has every 32nd pair of a chunk. */
-#define LANE_PAIRS (KVG_CUDA_CHUNK / 32u)
-
-struct lane_pairs {
-	uint2 *address[LANE_PAIRS];
-	uint2 pair[LANE_PAIRS];
-	bool kept[LANE_PAIRS]; /* false too where there is no pair */
-};
-
-__device__ static uint32_t lane_index(chunk at, uint32_t j)
+/* Which of the lane's pairs stay, one bit for each; none where there is no pair. keep: the first one's, ranks follow.
+ */
+template <uint32_t PAIRS> __device__ static uint32_t kept_in_order(const uint8_t *keep, chunk at)
 {
-	return at.begin + j * 32 + threadIdx.x % 32;
-}
-
-/* Decides about the pairs that are there. */
-__device__ static void decide_chunk(
-	const kvg_evict_mark_args &args, const row_view &row, const uint8_t *keep, chunk at, lane_pairs &lane)
-{
-#pragma unroll
-	for (uint32_t j = 0; j < LANE_PAIRS; j++) {
-		uint32_t index = lane_index(at, j), pos = position(args.rows, row, index, lane.pair[j]);
-		uint32_t rank = rank_at(args.scope, index, pos);
-
-		lane.pair[j].x = pos;
-		lane.kept[j] = index < at.end && (rank == NO_RANK || keep[rank] != 0);
-	}
-}
-
-/* Pairs that stay of a chunk, which is not empty. Reads metadata only where positions are needed. */
-__device__ static uint32_t count_chunk(
-	const kvg_evict_mark_args &args, const row_view &row, const uint8_t *keep, chunk at)
-{
-	lane_pairs lane = {};
+	uint8_t stays[PAIRS];
 	uint32_t kept = 0;
 
-	if (!args.scope.decode && at.begin < row.base_len)
+	keep += threadIdx.x % 32;
 #pragma unroll
-		for (uint32_t j = 0; j < LANE_PAIRS; j++)
-			lane.pair[j] = *address_of(args.at, row, min(lane_index(at, j), at.end - 1));
-	decide_chunk(args, row, keep, at, lane);
+	for (uint32_t j = 0; j < PAIRS; j++)
+		stays[j] = lane_index(at, j) < at.end ? keep[32 * j] : 0;
 #pragma unroll
-	for (uint32_t j = 0; j < LANE_PAIRS; j++)
-		kept += __popc(__ballot_sync(EVICT_ALL_LANES, lane.kept[j]));
+	for (uint32_t j = 0; j < PAIRS; j++)
+		kept |= (stays[j] != 0 ? 1u : 0u) << j;
 	return kept;
 }
 
-/* Pairs that stay of four chunks, a byte for each; the sum goes to *total. The whole warp gets both. */
-template <typename Chunk>
-__device__ static uint32_t count_four(
-	const kvg_evict_mark_args &args, const row_view &row, const uint8_t *keep, Chunk chunk_at, uint32_t *total)
+/* The same by the pairs' positions. */
+__device__ static uint32_t kept_by_rank(
+	const kvg_cuda_scope &scope, const uint8_t *keep, chunk at, const lane_pairs &lane)
 {
-	uint32_t bytes = 0;
+	uint32_t kept = 0;
 
 #pragma unroll
-	for (uint32_t i = 0; i < 4; i++) {
-		chunk at = chunk_at(i);
-		uint32_t kept = at.begin < at.end ? count_chunk(args, row, keep, at) : 0;
+	for (uint32_t j = 0; j < LANE_PAIRS; j++) {
+		uint32_t rank = rank_of(scope, lane.pair[j].x);
 
-		bytes |= kept << (8 * i);
-		*total += kept;
+		if (lane_index(at, j) < at.end && (rank == NO_RANK || keep[rank] != 0))
+			kept |= 1u << j;
 	}
+	return kept;
+}
+
+/* Pairs that stay of a chunk, over the warp, by their positions. */
+__device__ static uint32_t count_chunk(
+	const kvg_evict_mark_args &args, const row_view &row, const uint8_t *keep, chunk at)
+{
+	lane_pairs lane;
+
+	if (at.begin == at.end)
+		return 0;
+	read_chunk(args.at, row, at, lane);
+#pragma unroll
+	for (uint32_t j = 0; j < LANE_PAIRS; j++)
+		lane.pair[j].x = position(args.rows, row, lane_index(at, j), lane.pair[j]);
+	return __reduce_add_sync(EVICT_ALL_LANES, __popc(kept_by_rank(args.scope, keep, at, lane)));
+}
+
+__device__ static chunk quarter(chunk four, uint32_t i)
+{
+	return {min(four.begin + i * KVG_CUDA_CHUNK, four.end), min(four.begin + (i + 1) * KVG_CUDA_CHUNK, four.end)};
+}
+
+/* Pairs that stay of four chunks, a byte for each, over the warp. */
+__device__ static uint32_t count_four(
+	const kvg_evict_mark_args &args, const row_view &row, const uint8_t *keep, chunk four)
+{
+	uint32_t first, bytes = 0;
+
+	if (four.begin == four.end)
+		return 0;
+	if (follow(args.scope, args.rows, row, four, &first)) {
+		uint32_t kept = kept_in_order<4 * LANE_PAIRS>(keep + first, four);
+
+#pragma unroll
+		for (uint32_t i = 0; i < 4; i++)
+			bytes |= __popc(kept >> (i * LANE_PAIRS) & ((1u << LANE_PAIRS) - 1)) << (8 * i);
+		return __reduce_add_sync(EVICT_ALL_LANES, bytes);
+	}
+#pragma unroll 1
+	for (uint32_t i = 0; i < 4; i++)
+		bytes |= count_chunk(args, row, keep, quarter(four, i)) << (8 * i);
 	return bytes;
 }
 
 /* A byte for each of four chunks: how many pairs it has. */
-template <typename Chunk> __device__ static uint32_t sizes_of_four(Chunk chunk_at)
+__device__ static uint32_t sizes_of_four(chunk four)
 {
 	uint32_t bytes = 0;
 
 	for (uint32_t i = 0; i < 4; i++)
-		bytes |= (chunk_at(i).end - chunk_at(i).begin) << (8 * i);
+		bytes |= (quarter(four, i).end - quarter(four, i).begin) << (8 * i);
 	return bytes;
 }
 
@@ -264,24 +342,26 @@ extern "C" __global__ void __launch_bounds__(KVG_EVICT_COUNT_THREADS)
 	size_t at = (size_t)blockIdx.x * args.counts.chunk_cap;
 	uint32_t *stripe_kept = reinterpret_cast<uint32_t *>(args.counts.stripe_kept + at);
 	uint32_t *chunk_holes = reinterpret_cast<uint32_t *>(args.counts.chunk_holes + at);
-	uint32_t held_kept = 0, fresh_kept = 0;
+	uint32_t fours = args.counts.chunk_cap / 4, all_holes = 0, all_kept = 0;
 
-	for (uint32_t four = threadIdx.x / 32; four < args.counts.chunk_cap / 4; four += KVG_EVICT_COUNT_THREADS / 32) {
-		auto held = [&](uint32_t i) { return held_chunk(row, 4 * four + i); };
-		auto fresh = [&](uint32_t i) { return fresh_chunk(row, 4 * four + i); };
-		uint32_t holes = sizes_of_four(held) - count_four(args, row, keep, held, &held_kept);
-		uint32_t kept = count_four(args, row, keep, fresh, &fresh_kept);
+	for (uint32_t i = threadIdx.x / 32; i < fours; i += KVG_EVICT_COUNT_THREADS / 32) {
+		chunk held = {held_chunk(row, 4 * i).begin, held_chunk(row, 4 * i + 3).end};
+		chunk fresh = {fresh_chunk(row, 4 * i).begin, fresh_chunk(row, 4 * i + 3).end};
+		uint32_t kept = count_four(args, row, keep, fresh);
+		uint32_t holes = sizes_of_four(held) - count_four(args, row, keep, held);
 
+		all_kept = __dp4a(kept, 0x01010101u, all_kept);
+		all_holes = __dp4a(holes, 0x01010101u, all_holes);
 		if (threadIdx.x % 32 == 0) {
-			stripe_kept[four] = kept;
-			chunk_holes[four] = holes;
+			stripe_kept[i] = kept;
+			chunk_holes[i] = holes;
 		}
 	}
-	held_kept = sum_block(held_kept, shared);
-	fresh_kept = sum_block(fresh_kept, shared);
+	all_kept = sum_block(all_kept, shared);
+	all_holes = sum_block(all_holes, shared);
 	if (threadIdx.x == 0) {
-		args.counts.kept[blockIdx.x] = held_kept + fresh_kept;
-		args.counts.holes[blockIdx.x] = row.held - held_kept;
+		args.counts.kept[blockIdx.x] = all_kept + row.held - all_holes;
+		args.counts.holes[blockIdx.x] = all_holes;
 	}
 }
 
@@ -322,26 +402,27 @@ __device__ static uint32_t marked_score(bool kept, uint32_t score)
 __device__ static void mark_chunk(const kvg_evict_mark_args &args, const row_view &row, const uint8_t *keep, chunk at,
 	uint32_t c, bool list_kept, row_list list)
 {
-	uint32_t below = (1u << (threadIdx.x % 32)) - 1, end;
+	uint32_t below = (1u << (threadIdx.x % 32)) - 1, first, kept, end;
+	bool direct;
 	lane_pairs lane;
 
 	if (at.begin == at.end)
 		return;
+	direct = follow(args.scope, args.rows, row, at, &first);
+	read_chunk(args.at, row, at, lane);
 #pragma unroll
-	for (uint32_t j = 0; j < LANE_PAIRS; j++) {
-		lane.address[j] = address_of(args.at, row, min(lane_index(at, j), at.end - 1));
-		lane.pair[j] = *lane.address[j];
-	}
-	decide_chunk(args, row, keep, at, lane);
+	for (uint32_t j = 0; j < LANE_PAIRS; j++)
+		lane.pair[j].x = position(args.rows, row, lane_index(at, j), lane.pair[j]);
+	kept = direct ? kept_in_order<LANE_PAIRS>(keep + first, at) : kept_by_rank(args.scope, keep, at, lane);
 	end = list.entries ? sum_bytes(list.counts, c) : 0;
 #pragma unroll
 	for (uint32_t j = 0; j < LANE_PAIRS; j++) {
 		uint32_t index = lane_index(at, j);
-		bool listed = index < at.end && lane.kept[j] == list_kept;
+		bool stays = kept >> j & 1, listed = index < at.end && stays == list_kept;
 		uint32_t lanes = __ballot_sync(EVICT_ALL_LANES, listed), entry = end + __popc(lanes & below);
 
 		if (index < at.end)
-			*lane.address[j] = make_uint2(lane.pair[j].x, marked_score(lane.kept[j], lane.pair[j].y));
+			*lane.address[j] = make_uint2(lane.pair[j].x, marked_score(stays, lane.pair[j].y));
 		if (listed && list.entries && entry < list.cap)
 			list.entries[entry] = index;
 		end += __popc(lanes);
@@ -383,6 +464,98 @@ __device__ static move move_between(const uint32_t *src_ids, uint32_t src, const
 		src % KVG_CUDA_PLACES | dst % KVG_CUDA_PLACES << 4};
 }
 
+#if __CUDA_ARCH__ >= 900
+
+/* ---- by the bulk copy engine: each lane has its move's pair taken to shared memory and on from there ---- */
+
+__device__ static void bulk_load(uint32_t to, const uint8_t *from, uint32_t bytes, uint32_t barrier)
+{
+	asm volatile(
+		"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+		"l"(from), "r"(bytes), "r"(barrier)
+		: "memory");
+}
+
+__device__ static void bulk_store(uint8_t *to, uint32_t from, uint32_t bytes)
+{
+	asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+		     : "memory");
+}
+
+/* The lane's stores so far have read what they store. */
+__device__ static void bulk_stores_read()
+{
+	asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+__device__ static void barrier_init(uint32_t barrier)
+{
+	asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(barrier)
+		     : "memory");
+}
+
+__device__ static void barrier_expect(uint32_t barrier, uint32_t bytes)
+{
+	asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ static void barrier_wait(uint32_t barrier, uint32_t parity)
+{
+	uint32_t done = 0;
+
+	while (!done)
+		asm volatile("{\n"
+			     "\t.reg .pred p;\n"
+			     "\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+			     "\tselp.u32 %0, 1, 0, p;\n"
+			     "}\n"
+			     : "=r"(done)
+			     : "r"(barrier), "r"(parity)
+			     : "memory");
+}
+
+/* The warp copies K and V of its lanes' first `count` moves, as many at a time as its shared memory holds. */
+__device__ static void copy_moves(const kvg_cuda_area &area, const move &own, uint32_t count)
+{
+	__shared__ __align__(128) uint8_t rooms[KVG_EVICT_MOVE_WARPS][KVG_EVICT_MOVE_ROOM];
+	__shared__ uint64_t barriers[KVG_EVICT_MOVE_WARPS];
+	uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+	uint32_t pair = area.k_bytes + area.v_bytes, batch = min(KVG_EVICT_MOVE_ROOM / pair, 32u);
+	uint32_t barrier = (uint32_t)__cvta_generic_to_shared(&barriers[warp]);
+	uint32_t room = (uint32_t)__cvta_generic_to_shared(rooms[warp]) + lane % batch * pair;
+	uint64_t src = own.src * area.stride, dst = own.dst * area.stride;
+	uint32_t src_place = own.places & 15, dst_place = own.places >> 4;
+
+	if (lane == 0)
+		barrier_init(barrier);
+	__syncwarp();
+	for (uint32_t begin = 0, parity = 0; begin < count; begin += batch, parity ^= 1) {
+		bool mine = lane >= begin && lane < min(begin + batch, count);
+
+		if (lane == 0)
+			barrier_expect(barrier, min(batch, count - begin) * pair);
+		__syncwarp();
+		if (mine && area.k_bytes)
+			bulk_load(room, area.k_base + src + src_place * area.k_bytes, area.k_bytes, barrier);
+		if (mine && area.v_bytes)
+			bulk_load(room + area.k_bytes, area.v_base + src + src_place * area.v_bytes, area.v_bytes,
+				barrier);
+		barrier_wait(barrier, parity);
+		if (mine && area.k_bytes)
+			bulk_store(area.k_base + dst + dst_place * area.k_bytes, room, area.k_bytes);
+		if (mine && area.v_bytes)
+			bulk_store(area.v_base + dst + dst_place * area.v_bytes, room + area.k_bytes, area.v_bytes);
+		bulk_stores_read();
+		__syncwarp();
+	}
+}
+
+#else
+
+/* ---- by loads and stores of 16 bytes ---- */
+
+#define MOVE_DEPTH 4u
+
 /* The same move of another lane. */
 __device__ static move move_of(const move &own, uint32_t lane)
 {
@@ -400,10 +573,10 @@ __device__ static uint64_t vector_offset(
 }
 
 /*
- * The warp copies K and V of its lanes' first `count` moves. A pair has k + v vectors of 16 bytes; the warp's
- * vectors are numbered through, so that every lane has work whatever the sizes. KV: k = v = KV, 0: any.
+ * The warp copies K and V of its lanes' first `count` moves. A pair has k + v vectors; the warp's are numbered through,
+ * so that every lane has work whatever the sizes. KV: k = v = KV, 0: any.
  */
-template <uint32_t KV> __device__ static void copy_moves(const kvg_cuda_area &area, const move &own, uint32_t count)
+template <uint32_t KV> __device__ static void copy_vectors(const kvg_cuda_area &area, const move &own, uint32_t count)
 {
 	uint32_t k = KV ? KV : area.k_bytes / 16, each = KV ? 2 * KV : k + area.v_bytes / 16;
 	uint32_t total = count * each;
@@ -429,13 +602,23 @@ template <uint32_t KV> __device__ static void copy_moves(const kvg_cuda_area &ar
 	}
 }
 
-/* The warp's moves: this lane's own one is meant when the lane is below count. */
-template <uint32_t KV> __device__ static void run_moves(const kvg_evict_area &at, const move &own, uint32_t count)
+__device__ static void copy_moves(const kvg_cuda_area &area, const move &own, uint32_t count)
+{
+	if (area.k_bytes == 256 && area.v_bytes == 256)
+		copy_vectors<16>(area, own, count);
+	else
+		copy_vectors<0>(area, own, count);
+}
+
+#endif
+
+/* The warp's moves with their metadata: this lane's own one is meant when the lane is below count. */
+__device__ static void run_moves(const kvg_evict_area &at, const move &own, uint32_t count)
 {
 	if (threadIdx.x % 32 < count)
 		*reinterpret_cast<uint2 *>(evict_pairs(at, own.dst) + (own.places >> 4)) =
 			*reinterpret_cast<const uint2 *>(evict_pairs(at, own.src) + (own.places & 15));
-	copy_moves<KV>(at.area, own, count);
+	copy_moves(at.area, own, count);
 }
 
 /*
@@ -470,9 +653,11 @@ __device__ static move find_move(const kvg_evict_move_args &args, uint32_t row, 
 		args.src_ids + (size_t)row * args.src_cap, src, args.dst_ids + (size_t)row * args.dst_cap, dst);
 }
 
-template <uint32_t KV> __device__ static void move_tile(const kvg_evict_move_args &args)
+/* A warp for each tile of moves. */
+extern "C" __global__ void __launch_bounds__(KVG_EVICT_MOVE_WARPS * 32)
+	kvg_evict_move(const __grid_constant__ kvg_evict_move_args args)
 {
-	uint32_t tile = blockIdx.x * KVG_EVICT_WARPS + threadIdx.x / 32;
+	uint32_t tile = blockIdx.x * KVG_EVICT_MOVE_WARPS + threadIdx.x / 32;
 
 	if (tile >= args.tiles)
 		return;
@@ -480,19 +665,9 @@ template <uint32_t KV> __device__ static void move_tile(const kvg_evict_move_arg
 	kvg_cuda_move_row at = args.move_rows[row];
 	uint32_t first = (tile - at.tile_first) * KVG_CUDA_MOVE_TILE;
 
-	run_moves<KV>(
+	run_moves(
 		args.at, find_move(args, row, at, first + threadIdx.x % 32), min(at.count - first, KVG_CUDA_MOVE_TILE));
 }
-
-#define MOVE_KERNEL(suffix, vectors)                                                                                   \
-	extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS, MOVE_BLOCKS)                                   \
-		kvg_evict_move##suffix(const __grid_constant__ kvg_evict_move_args args)                               \
-	{                                                                                                              \
-		move_tile<vectors>(args);                                                                              \
-	}
-MOVE_KERNEL(_8, 8u)
-MOVE_KERNEL(_16, 16u)
-MOVE_KERNEL(_any, 0u)
 
 /* ---- compact ---- */
 
@@ -520,10 +695,10 @@ __device__ static uint32_t absent(const uint32_t *list, uint32_t n, uint32_t fro
 	return from + k + low;
 }
 
-extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS)
+extern "C" __global__ void __launch_bounds__(KVG_EVICT_MOVE_WARPS * 32)
 	kvg_evict_compact(const __grid_constant__ kvg_evict_compact_args args)
 {
-	uint32_t tile = blockIdx.x * KVG_EVICT_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+	uint32_t tile = blockIdx.x * KVG_EVICT_MOVE_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
 
 	if (tile >= args.tiles)
 		return;
@@ -539,7 +714,7 @@ extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS)
 		return;
 	if (k < moves)
 		own = move_between(ids, absent(holes + moves, at.hole_count - moves, left, k), ids, holes[k]);
-	run_moves<0>(args.at, own, min(moves - first, KVG_CUDA_MOVE_TILE));
+	run_moves(args.at, own, min(moves - first, KVG_CUDA_MOVE_TILE));
 }
 
 /* ---- whole blocks, tables ---- */

@@ -18,9 +18,12 @@ struct kvg_evict_area {
 /* Of a block of the count kernel, which has a row. */
 #define KVG_EVICT_COUNT_THREADS 512u
 
-/* Indices that a thread of the gather kernel reads, and a block. */
-#define KVG_EVICT_GATHER_DEPTH 8u
-#define KVG_EVICT_GATHER_TILE  (KVG_EVICT_GATHER_DEPTH * KVG_EVICT_THREADS)
+/* Chunks of a warp of the gather kernel. */
+#define KVG_EVICT_GATHER_CHUNKS 2u
+
+/* Warps of a block of the move and compact kernels, and each one's shared memory: room for two pairs at least. */
+#define KVG_EVICT_MOVE_WARPS 2u
+#define KVG_EVICT_MOVE_ROOM  16384u
 
 /* Tokens and heads of a block of the store kernel. */
 #define KVG_EVICT_STORE_TOKENS 128u

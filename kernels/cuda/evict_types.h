@@ -66,7 +66,7 @@ struct kvg_cuda_kept {
 	const uint32_t *offset; /* [rows] */
 };
 
-/* What counting finds; device memory. chunk = 128 indices. */
+/* What counting finds; device memory, aligned to 4. chunk = 128 indices. */
 struct kvg_cuda_counts {
 	uint32_t *kept;       /* [rows]: pairs that stay */
 	uint32_t *holes;      /* [rows]: dropped at an index < held */

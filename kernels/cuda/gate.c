@@ -1,12 +1,13 @@
 #include "kernels/cuda/gate_model.h"
 
-#define COUNTER_BYTES (4 * sizeof(uint32_t)) /* of a tile: one for each warpgroup of both blocks */
-#define PREACT_WARPS  16                     /* of a multiprocessor */
+#define COUNTER_BYTES    (4 * sizeof(uint32_t)) /* of a tile: one for each warpgroup of both blocks */
+#define PARTS_OF_CLUSTER 8                      /* of its first and its last tile, by two blocks of two warpgroups */
+#define PREACT_WARPS     16                     /* of a multiprocessor */
 
-/* Measured on an H200, in chunks of a deep tile's lines: what it costs to hand in one part of a split tile or to add
- * it. */
-#define LEAST_CHUNKS 8 /* of a cluster's share of a split tile */
-#define PART_CHUNKS  4
+/* Measured on an H200, in chunks: what it costs to share a tile at all, and more for each part that it is cut into. */
+#define LEAST_CHUNKS 8 /* of a part */
+#define SHARE_CHUNKS 8
+#define PART_CHUNKS  2
 #define DEEP_COST    1.12 /* of a deep tile's line against a wide one's */
 
 static uint32_t tiles_of(uint32_t count, uint32_t size)
@@ -16,11 +17,9 @@ static uint32_t tiles_of(uint32_t count, uint32_t size)
 
 uint64_t kvg_cuda_gate_scratch(const struct kvg_cuda_gate *gate)
 {
-	const struct kvg_gate_tiled *wide = &gate->code->wide, *deep = &gate->code->deep;
-	uint64_t wide_bytes = (uint64_t)wide->clusters * 8 * wide->sums;
-	uint64_t deep_bytes = (uint64_t)deep->clusters * 8 * deep->sums;
+	const struct kvg_gate_tiled *deep = &gate->code->deep;
 
-	return KVG_CUDA_GATE_COUNTERS + (wide_bytes > deep_bytes ? wide_bytes : deep_bytes);
+	return KVG_CUDA_GATE_COUNTERS + (uint64_t)deep->clusters * PARTS_OF_CLUSTER * deep->sums;
 }
 
 static uint64_t layer_stride(const struct kvg_cuda_gate *gate, const struct kvg_cuda_gate_rows *rows)
@@ -106,7 +105,7 @@ static void plan_whole(struct plan *plan, uint32_t chunks)
 /* Few tiles are cut into equal parts; many are dealt evenly, however that cuts them. */
 static void plan_split(struct plan *plan, uint32_t chunks)
 {
-	uint32_t most = plan->tiled->clusters, parts = 1;
+	uint32_t most = plan->tiled->clusters, parts = 2;
 
 	if (plan->tiles < most) {
 		parts = most / plan->tiles;
@@ -116,7 +115,7 @@ static void plan_split(struct plan *plan, uint32_t chunks)
 	}
 	plan->clusters = most;
 	plan->split = true;
-	plan->cost = (double)plan->tiles * chunks / most + (parts > 2 ? parts : 2) * PART_CHUNKS;
+	plan->cost = (double)plan->tiles * chunks / most + SHARE_CHUNKS + parts * PART_CHUNKS;
 }
 
 static struct plan plan_of(const struct kvg_cuda_gate *gate, const struct kvg_cuda_gate_rows *rows,
@@ -128,7 +127,8 @@ static struct plan plan_of(const struct kvg_cuda_gate *gate, const struct kvg_cu
 		.head_tiles = head_tiles,
 		.tiles = row_tiles * head_tiles * rows->layer_count};
 
-	if (split && rows->scratch && plan.tiles * COUNTER_BYTES <= KVG_CUDA_GATE_COUNTERS)
+	if (split && rows->scratch && plan.tiles * COUNTER_BYTES <= KVG_CUDA_GATE_COUNTERS &&
+		(uint64_t)plan.tiles * gate->chunks * (tiled->clusters + 1) <= UINT32_MAX)
 		plan_split(&plan, gate->chunks);
 	else
 		plan_whole(&plan, gate->chunks);
@@ -136,15 +136,20 @@ static struct plan plan_of(const struct kvg_cuda_gate *gate, const struct kvg_cu
 	return plan;
 }
 
+/* Dealing the chunks of many tiles would bring the same rows at different times, so rows are fetched more than once. */
+static bool is_sensible(const struct plan *plan)
+{
+	return !plan->split || plan->row_tiles == 1 || plan->tiles < plan->tiled->clusters;
+}
+
 static struct plan best_plan(const struct kvg_cuda_gate *gate, const struct kvg_cuda_gate_rows *rows)
 {
-	const struct kvg_gate_tiled *both[] = {&gate->code->wide, &gate->code->deep};
-	struct plan best = plan_of(gate, rows, both[0], false);
+	struct plan best = plan_of(gate, rows, &gate->code->wide, false);
 
-	for (int i = 1; i < 4; i++) {
-		struct plan plan = plan_of(gate, rows, both[i / 2], i % 2 != 0);
+	for (int split = 0; split < 2; split++) {
+		struct plan plan = plan_of(gate, rows, &gate->code->deep, split != 0);
 
-		if (plan.cost < best.cost)
+		if (plan.cost < best.cost && is_sensible(&plan))
 			best = plan;
 	}
 	return best;
@@ -155,12 +160,9 @@ static struct plan choose(const struct kvg_cuda_gate *gate, const struct kvg_cud
 	switch (rows->path) {
 	case KVG_CUDA_GATE_WIDE:
 		return plan_of(gate, rows, &gate->code->wide, false);
-	case KVG_CUDA_GATE_WIDE_SPLIT:
-		return plan_of(gate, rows, &gate->code->wide, true);
 	case KVG_CUDA_GATE_DEEP:
-		return plan_of(gate, rows, &gate->code->deep, false);
 	case KVG_CUDA_GATE_DEEP_SPLIT:
-		return plan_of(gate, rows, &gate->code->deep, true);
+		return plan_of(gate, rows, &gate->code->deep, rows->path == KVG_CUDA_GATE_DEEP_SPLIT);
 	default:
 		return best_plan(gate, rows);
 	}

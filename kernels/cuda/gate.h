@@ -37,8 +37,7 @@ enum kvg_cuda_gate_path {
 	KVG_CUDA_GATE_PORTABLE,
 	KVG_CUDA_GATE_WIDE, /* 9.0: two tiles of rows share the weights that they load; for many rows */
 	KVG_CUDA_GATE_DEEP, /* 9.0: two tiles of heads share the rows that they load; for many layers of few rows */
-	KVG_CUDA_GATE_WIDE_SPLIT, /* the same with tiles split between clusters, where there is scratch */
-	KVG_CUDA_GATE_DEEP_SPLIT,
+	KVG_CUDA_GATE_DEEP_SPLIT, /* the same with tiles split between clusters, where there is scratch */
 };
 
 /* What to score: the same count of rows in each of layer_count layers. */

@@ -40,7 +40,8 @@ struct kvg_gate_args {
 	uint32_t row_tiles, head_tiles, tiles; /* tiles = layers * row_tiles * head_tiles, heads innermost */
 	uint32_t warp_tiles;                   /* of projections: tiles of 16 rows that a warp scores */
 	uint32_t chunks;                       /* of 64 columns of the hidden states */
-	uint32_t split; /* 1: the chunks of all tiles are dealt evenly to the clusters; 0: whole tiles are */
+	uint32_t split; /* 1: the chunks of all tiles are dealt evenly to the clusters (the product of the three counts
+			   is below 2^32); 0: whole tiles are */
 };
 
 #endif

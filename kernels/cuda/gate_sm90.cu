@@ -5,14 +5,15 @@
  * a ring of stages; two warpgroups multiply 64 rows each with whole heads and turn the sums into scores
  * in their registers. What both blocks of a cluster need is brought half by each and sent to both:
  * wide: the weights (the blocks have different rows), deep: the rows (they have different heads).
- * The grid is as large as the device. Either each cluster takes whole tiles in turn, or the chunks of all tiles are
- * dealt evenly ("split"); then a tile that several clusters share is summed up, always in the same order, by the
+ * The grid is as large as the device. Either each cluster takes whole tiles in turn, or (deep) the chunks of all tiles
+ * are dealt evenly ("split"); then a tile that several clusters share is summed up, always in the same order, by the
  * warpgroup that happens to finish last, and nobody waits.
  */
 #include "kernels/cuda/gate_head.cuh"
 #include "kernels/cuda/gate_sm90.cuh"
 
 constexpr int BLOCK_ROWS = 128;
+constexpr int PRODUCER = 256; /* the thread that brings */
 constexpr int ROW_BYTES = KVG_GATE_CHUNK * 2;
 constexpr int SHARED_BYTES = 232448 - 2048; /* for stages: what a block may have, less barriers and alignment */
 
@@ -20,6 +21,7 @@ constexpr int SHARED_BYTES = 232448 - 2048; /* for stages: what a block may have
 template <int GROUP, int HEADS, int PARTS_, bool DEEP_> struct gate_shape {
 	static constexpr int G = GROUP, PARTS = PARTS_, PART_HEADS = HEADS;
 	static constexpr bool DEEP = DEEP_;
+	static constexpr int SUMS = PARTS * HEADS * (GROUP + 1) * KVG_GATE_WIDTH / 2; /* of a thread */
 	static constexpr int HEAD_SUMS = (G + 1) * KVG_GATE_WIDTH / 2;
 	static constexpr int N = HEADS * (G + 1) * KVG_GATE_WIDTH;
 	static constexpr int ROWS_BYTES = BLOCK_ROWS * ROW_BYTES, WEIGHTS_BYTES = PARTS * N * ROW_BYTES;
@@ -35,43 +37,47 @@ struct gate_work {
 	unsigned tile, from, to; /* chunks of the tile */
 };
 
+/* The first chunk, of all tiles' counted through, that a cluster has when tiles are split; 32 bits are enough then. */
+__device__ __forceinline__ unsigned first_chunk(const kvg_gate_args &args, unsigned cluster)
+{
+	return cluster * (args.tiles * args.chunks) / (gridDim.x / 2);
+}
+
+/* The cluster that has this chunk then. */
+__device__ __forceinline__ unsigned cluster_of(const kvg_gate_args &args, unsigned chunk)
+{
+	return ((chunk + 1) * (gridDim.x / 2) - 1) / (args.tiles * args.chunks);
+}
+
 /* The work of one cluster, in order. */
 struct gate_schedule {
-	uint64_t at, end, step; /* chunks of all tiles, counted through */
-
-	__device__ __forceinline__ static uint64_t begin(const kvg_gate_args &args, unsigned cluster, unsigned clusters)
-	{
-		return (uint64_t)args.tiles * args.chunks * cluster / clusters;
-	}
+	unsigned tile, from, left; /* the next tile, its first chunk, and chunks left when tiles are split */
 
 	__device__ __forceinline__ gate_schedule(const kvg_gate_args &args)
 	{
-		const unsigned cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
+		const unsigned cluster = blockIdx.x / 2;
 
-		at = args.split ? begin(args, cluster, clusters) : (uint64_t)cluster * args.chunks;
-		end = args.split ? begin(args, cluster + 1, clusters) : (uint64_t)args.tiles * args.chunks;
-		step = args.split ? 0 : (uint64_t)(clusters - 1) * args.chunks;
+		tile = cluster;
+		from = left = 0;
+		if (args.split) {
+			left = first_chunk(args, cluster);
+			tile = left / args.chunks;
+			from = left % args.chunks;
+			left = first_chunk(args, cluster + 1) - left;
+		}
 	}
 
 	__device__ __forceinline__ bool next(const kvg_gate_args &args, gate_work &work)
 	{
-		if (at >= end)
+		if (args.split ? left == 0 : tile >= args.tiles)
 			return false;
-		work.tile = (unsigned)(at / args.chunks);
-		work.from = (unsigned)(at % args.chunks);
-		work.to = (unsigned)min((uint64_t)args.chunks, work.from + (end - at));
-		at += work.to - work.from + step;
+		work = {tile, from, args.split ? min(args.chunks, from + left) : args.chunks};
+		left -= work.to - work.from;
+		from = 0;
+		tile += args.split ? 1 : gridDim.x / 2;
 		return true;
 	}
 };
-
-/* The cluster that has this chunk of all tiles when they are split. */
-__device__ __forceinline__ unsigned cluster_of(const kvg_gate_args &args, uint64_t chunk)
-{
-	const uint64_t clusters = gridDim.x / 2;
-
-	return (unsigned)(((chunk + 1) * clusters - 1) / ((uint64_t)args.tiles * args.chunks));
-}
 
 struct gate_place {
 	unsigned layer, row, head; /* of the block's first row and head */
@@ -116,7 +122,11 @@ __device__ __forceinline__ void bring_chunk(const kvg_gate_args &args, const CUt
 	if (S::DEEP) {
 		bring_both(stage + half * (S::ROWS_BYTES / 2), rows, full, chunk * KVG_GATE_CHUNK,
 			place.row + half * (BLOCK_ROWS / 2), place.layer);
-		bring(weights_at, weights, full, 0, line, piece);
+		/* Weights that are read once must not drive out the rows and the sums that are read again. */
+		if (args.row_tiles == 1)
+			bring_once(weights_at, weights, full, 0, line, piece);
+		else
+			bring(weights_at, weights, full, 0, line, piece);
 	} else {
 		bring(stage, rows, full, chunk * KVG_GATE_CHUNK, place.row, place.layer);
 		bring_both(weights_at + half * (S::WEIGHTS_BYTES / 2), weights, full, 0,
@@ -154,7 +164,8 @@ __device__ __forceinline__ void release(uint64_t *empty)
 	}
 }
 
-/* The sums of the warpgroup's 64 rows over some chunks. A chunk's stage is free when the next one's products wait. */
+/* The sums of the warpgroup's 64 rows over some chunks. A chunk's stage is free
+ * when the next one's products wait. */
 template <class S>
 __device__ __forceinline__ void multiply(
 	float (&sums)[S::PARTS][S::N / 2], gate_ring<S> &ring, unsigned warpgroup, unsigned chunks)
@@ -196,7 +207,7 @@ template <class S>
 __device__ __forceinline__ float4 *partial_at(
 	const kvg_gate_args &args, unsigned cluster, unsigned warpgroup, unsigned tile)
 {
-	const unsigned last = gate_schedule::begin(args, cluster, gridDim.x / 2) / args.chunks != tile;
+	const unsigned last = first_chunk(args, cluster) / args.chunks != tile;
 	const size_t slot = ((cluster * 2 + cluster_rank()) * 2 + warpgroup) * 2 + last;
 
 	return reinterpret_cast<float4 *>(args.partials) + slot * (S::PARTS * S::N / 8 * 128) + threadIdx.x % 128;
@@ -231,29 +242,32 @@ __device__ __forceinline__ unsigned add_to_parts(unsigned *counter)
 	return parts + 1;
 }
 
-template <class S> __device__ __forceinline__ void add_part(float *sums, const float4 *at)
+template <class S> __device__ __forceinline__ void add_part(float (&sums)[S::PARTS][S::N / 2], const float4 *at)
 {
+	float *flat = &sums[0][0];
+
 #pragma unroll
-	for (int i = 0; i < S::PARTS * S::N / 8; i++) {
+	for (int i = 0; i < S::SUMS / 4; i++) {
 		const float4 part = __ldcg(at + i * 128);
 
-		sums[4 * i] += part.x;
-		sums[4 * i + 1] += part.y;
-		sums[4 * i + 2] += part.z;
-		sums[4 * i + 3] += part.w;
+		flat[4 * i] += part.x;
+		flat[4 * i + 1] += part.y;
+		flat[4 * i + 2] += part.z;
+		flat[4 * i + 3] += part.w;
 	}
 }
 
 /* What a warpgroup knows of a tile that it shares. */
 struct gate_share {
 	unsigned tile, first, last; /* the clusters that have a part */
-	unsigned *counter;
-	bool awaited; /* one other part, and it was there before this one was begun; known to the first thread */
+	unsigned *counter;          /* NULL: the tile is not shared */
+	bool second;                /* of two parts, and the other was there before this one was begun */
 };
 
-__device__ __forceinline__ gate_share share_of(const kvg_gate_args &args, const gate_work &work, unsigned warpgroup)
+__device__ __forceinline__ gate_share share_of(
+	const kvg_gate_args &args, const gate_work &work, unsigned warpgroup, unsigned *shared)
 {
-	const uint64_t chunk = (uint64_t)work.tile * args.chunks;
+	const unsigned chunk = work.tile * args.chunks;
 	gate_share share = {work.tile, 0, 0, nullptr, false};
 
 	if (work.to - work.from == args.chunks)
@@ -261,45 +275,73 @@ __device__ __forceinline__ gate_share share_of(const kvg_gate_args &args, const 
 	share.first = cluster_of(args, chunk);
 	share.last = cluster_of(args, chunk + args.chunks - 1);
 	share.counter = reinterpret_cast<unsigned *>(args.counters) + (work.tile * 2 + cluster_rank()) * 2 + warpgroup;
-	if (threadIdx.x % 128 == 0 && share.last - share.first == 1)
-		share.awaited = count_parts(share.counter) == 1;
+	if (share.last - share.first == 1) {
+		const unsigned parts = threadIdx.x % 128 == 0 ? count_parts(share.counter) : 0;
+
+		share.second = broadcast(shared, parts, warpgroup) == 1;
+	}
 	return share;
+}
+
+/* Adds the other part of a tile of which this warpgroup has the second one. */
+template <class S>
+__device__ __forceinline__ void add_first(
+	const kvg_gate_args &args, const gate_share &share, float (&sums)[S::PARTS][S::N / 2], unsigned warpgroup)
+{
+	add_part<S>(sums, partial_at<S>(args, share.first + share.last - blockIdx.x / 2, warpgroup, share.tile));
+	if (threadIdx.x % 128 == 0)
+		*share.counter = 0;
 }
 
 /*
  * Hands in the warpgroup's part of a tile. False when parts are still missing; otherwise the sums are those of all
- * parts, added in the order of the clusters. The second of two parts stays where it is: their order does not matter.
+ * parts, added in the order of the clusters.
  */
 template <class S>
 __device__ __forceinline__ bool combine(const kvg_gate_args &args, const gate_share &share,
 	float (&sums)[S::PARTS][S::N / 2], unsigned warpgroup, unsigned *shared)
 {
-	const bool second = broadcast(shared, share.awaited, warpgroup);
-	const unsigned own = blockIdx.x / 2;
 	float *flat = &sums[0][0];
-
-	if (!second) {
-		float4 *at = partial_at<S>(args, own, warpgroup, share.tile);
+	float4 *at = partial_at<S>(args, blockIdx.x / 2, warpgroup, share.tile);
 
 #pragma unroll
-		for (int i = 0; i < S::PARTS * S::N / 8; i++) {
-			__stcg(at + i * 128,
-				make_float4(flat[4 * i], flat[4 * i + 1], flat[4 * i + 2], flat[4 * i + 3]));
-		}
-		warpgroup_sync(warpgroup);
-		unsigned parts = threadIdx.x % 128 == 0 ? add_to_parts(share.counter) : 0;
+	for (int i = 0; i < S::SUMS / 4; i++)
+		__stcg(at + i * 128, make_float4(flat[4 * i], flat[4 * i + 1], flat[4 * i + 2], flat[4 * i + 3]));
+	warpgroup_sync(warpgroup);
+	const unsigned parts = threadIdx.x % 128 == 0 ? add_to_parts(share.counter) : 0;
 
-		if (broadcast(shared, parts, warpgroup) != share.last - share.first + 1)
-			return false;
-#pragma unroll
-		for (int i = 0; i < S::PARTS * S::N / 2; i++)
-			flat[i] = 0;
-	}
+	if (broadcast(shared, parts, warpgroup) != share.last - share.first + 1)
+		return false;
 	if (threadIdx.x % 128 == 0)
 		*share.counter = 0;
+#pragma unroll
+	for (int i = 0; i < S::SUMS; i++)
+		flat[i] = 0;
 	for (unsigned cluster = share.first; cluster <= share.last; cluster++)
-		if (!second || cluster != own)
-			add_part<S>(flat, partial_at<S>(args, cluster, warpgroup, share.tile));
+		add_part<S>(sums, partial_at<S>(args, cluster, warpgroup, share.tile));
+	return true;
+}
+
+/*
+ * The sums of a tile; false when other warpgroups have parts of them still. The second of two parts adds the first to
+ * its own, in which the order does not matter.
+ */
+template <class S>
+__device__ __forceinline__ bool sum_tile(const kvg_gate_args &args, const gate_work &work, gate_ring<S> &ring,
+	float (&sums)[S::PARTS][S::N / 2], unsigned warpgroup, unsigned *shared)
+{
+	if (!S::DEEP) {
+		multiply<S>(sums, ring, warpgroup, args.chunks);
+		return true;
+	}
+	const gate_share share = share_of(args, work, warpgroup, shared);
+
+	multiply<S>(sums, ring, warpgroup, work.to - work.from);
+	if (!share.counter)
+		return true;
+	if (!share.second)
+		return combine<S>(args, share, sums, warpgroup, shared);
+	add_first<S>(args, share, sums, warpgroup);
 	return true;
 }
 
@@ -331,30 +373,6 @@ __device__ __forceinline__ void score_tile(const kvg_gate_args &args, const gate
 		score_heads<S, false>(args, constants, sums, place, row);
 }
 
-/* The bits of no constant: what was touched must be used. */
-constexpr float NEVER = -1.7014118e38f;
-
-/*
- * Brings the constants of a tile's heads into the first cache while the tile is multiplied: a value of one of the lines
- * of 128 bytes that they fill. (Prefetch instructions did not do this.)
- */
-template <class S>
-__device__ __forceinline__ float touch_constants(
-	const kvg_gate_args &args, const gate_constants &constants, const gate_place &place)
-{
-	constexpr unsigned LINE = 32; /* floats */
-	const unsigned lane = threadIdx.x % 128,
-		       head = min(place.head + lane % (S::PARTS * S::PART_HEADS), args.heads - 1);
-	const unsigned line = lane / (S::PARTS * S::PART_HEADS) * LINE;
-	const float *at = constants.b + head * S::G;
-
-	if (line < S::G * KVG_GATE_WIDTH)
-		at = constants.bq + head * S::G * KVG_GATE_WIDTH + line;
-	else if (line - S::G * KVG_GATE_WIDTH < args.bases_stride)
-		at = constants.bases + head * args.bases_stride + (line - S::G * KVG_GATE_WIDTH);
-	return __ldg(at);
-}
-
 template <class S>
 __device__ __forceinline__ void score_all(
 	const kvg_gate_args &args, gate_ring<S> ring, unsigned warpgroup, unsigned *shared)
@@ -364,15 +382,10 @@ __device__ __forceinline__ void score_all(
 	float sums[S::PARTS][S::N / 2];
 
 	while (schedule.next(args, work)) {
-		const gate_share share = share_of(args, work, warpgroup);
 		const gate_place place = place_of<S>(args, work.tile);
 		const gate_constants constants = gate_constants_of(args, place.layer);
-		const float near = touch_constants<S>(args, constants, place);
 
-		multiply<S>(sums, ring, warpgroup, work.to - work.from);
-		if (near == NEVER)
-			shared[warpgroup] = 0;
-		if (!share.counter || combine<S>(args, share, sums, warpgroup, shared))
+		if (sum_tile<S>(args, work, ring, sums, warpgroup, shared))
 			score_tile<S>(args, constants, sums, place, warpgroup);
 	}
 }
@@ -392,13 +405,15 @@ __device__ __forceinline__ void gate(const kvg_gate_args &args, const CUtensorMa
 			barrier_init(&empty[i], 4); /* two warpgroups in each of two blocks */
 		}
 		barrier_publish();
+	}
+	if (threadIdx.x == PRODUCER) {
 		prefetch_map(rows);
 		prefetch_map(weights);
 	}
 	cluster_sync();
 	if (warpgroup == 2) {
 		registers_lower<24>();
-		if (threadIdx.x == 256)
+		if (threadIdx.x == PRODUCER)
 			bring_all<S>(args, rows, weights, ring);
 	} else {
 		registers_raise<240>();
@@ -416,7 +431,7 @@ __device__ __forceinline__ void gate(const kvg_gate_args &args, const CUtensorMa
 		gate<gate_shape<G, HEADS, PARTS, DEEP>>(args, &rows, &weights);                                        \
 	}
 
-/* The heads and parts of each group are known to kernels/cuda/gate.c as well. */
+/* The heads and parts of each group are known to kernels/cuda/gate_model.c as well. */
 KERNEL(wide, 1, 4, 2, false)
 KERNEL(wide, 2, 4, 1, false)
 KERNEL(wide, 4, 2, 2, false)

@@ -104,6 +104,18 @@ __device__ __forceinline__ void bring(
 		     : "memory");
 }
 
+/* The same for what nobody reads again: it leaves the second cache first. */
+__device__ __forceinline__ void bring_once(
+	void *to, const CUtensorMap *map, uint64_t *barrier, unsigned column, unsigned row, unsigned layer)
+{
+	asm volatile("{\n.reg .b64 policy;\n"
+		     "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+		     "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+		     "[%0], [%1, {%3, %4, %5}], [%2], policy;\n}" ::"r"(shared_address(to)),
+		     "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(layer)
+		     : "memory");
+}
+
 /* Brings it to the same place in both blocks of the cluster and tells both barriers. */
 __device__ __forceinline__ void bring_both(
 	void *to, const CUtensorMap *map, uint64_t *barrier, unsigned column, unsigned row, unsigned layer)

@@ -23,6 +23,11 @@ struct kvg_cuda_select {
 	uint32_t blocks;                  /* of select_grid that run at the same time */
 };
 
+static uint32_t least(uint32_t a, uint32_t b)
+{
+	return a < b ? a : b;
+}
+
 /* Lets the kernel use all shared memory that a block may have; *ret_quads fit beside what it declares. */
 static CUresult unlock_shared(const struct kvg_cuda *cuda, CUfunction function, uint32_t *ret_quads)
 {
@@ -50,6 +55,7 @@ static CUresult measure(struct kvg_cuda_select *select)
 			&blocks, select->kernel[KERNEL_GRID], KVG_SELECT_GRID_THREADS, select->grid_staged * 16);
 	if (result == CUDA_SUCCESS && blocks < 1)
 		return CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
+	select->grid_staged = least(select->grid_staged, KVG_SELECT_GRID_STAGES * KVG_SELECT_GRID_THREADS);
 	select->blocks = (uint32_t)cuda->sm_count;
 	return result;
 }
@@ -104,7 +110,7 @@ static int is_aligned(const void *pointer, uintptr_t to)
 
 static int is_valid(const struct kvg_cuda_select_input *in, const uint8_t *keep)
 {
-	return in->offset && is_aligned(in->scores, ALIGN_SCORES) && is_aligned(keep, ALIGN_KEEP);
+	return is_aligned(in->scores, ALIGN_SCORES) && is_aligned(keep, ALIGN_KEEP);
 }
 
 static uint32_t row_count(const struct kvg_cuda_select_input *in)
@@ -115,11 +121,6 @@ static uint32_t row_count(const struct kvg_cuda_select_input *in)
 static uint32_t quads_of(uint64_t scores)
 {
 	return (uint32_t)((scores + 3) / 4 + 1);
-}
-
-static uint32_t least(uint32_t a, uint32_t b)
-{
-	return a < b ? a : b;
 }
 
 /* Blocks that share a segment of that many quads when there are `segments` of them. */
@@ -142,6 +143,7 @@ static CUresult launch_grid(const struct kvg_cuda_select *select, const struct k
 		return CUDA_ERROR_INVALID_VALUE;
 	args->scores = in->scores;
 	args->offset = in->offset;
+	args->length = in->longest;
 	args->groups = scratch;
 	args->segments = by_layer ? in->layers : 1;
 	args->rows = by_layer ? in->heads : row_count(in);
@@ -157,6 +159,7 @@ static CUresult launch_rows(const struct kvg_cuda_select *select, const struct k
 {
 	struct kvg_select_row_args args = {.scores = in->scores,
 		.offset = in->offset,
+		.length = in->longest,
 		.keep = keep,
 		.ratio = ratio,
 		.rule = rule,
@@ -185,6 +188,7 @@ static CUresult launch_mask(const struct kvg_cuda_select *select, const struct k
 		return CUDA_ERROR_INVALID_VALUE;
 	args.scores = in->scores;
 	args.offset = in->offset;
+	args.length = in->longest;
 	args.keep = keep;
 	args.rows = row_count(in);
 	return kvg_cuda_launch(select->cuda, select->kernel[KERNEL_MASK], flat_blocks(select, in),
@@ -263,8 +267,12 @@ CUresult kvg_cuda_select_mask(const struct kvg_cuda_select *select, const struct
 CUresult kvg_cuda_select_histogram(const struct kvg_cuda_select *select, const struct kvg_cuda_select_input *in,
 	uint32_t pass, const struct kvg_cuda_select_state *state, uint32_t *counts, CUstream stream)
 {
-	struct kvg_select_step_args args = {
-		.scores = in->scores, .offset = in->offset, .counts = counts, .rows = row_count(in), .pass = pass};
+	struct kvg_select_step_args args = {.scores = in->scores,
+		.offset = in->offset,
+		.counts = counts,
+		.length = in->longest,
+		.rows = row_count(in),
+		.pass = pass};
 	void *arguments[] = {&args};
 	CUresult result;
 

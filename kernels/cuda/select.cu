@@ -17,7 +17,8 @@ template <typename F> static __device__ __forceinline__ void each_quad(uint32_t 
 extern "C" __global__ void __launch_bounds__(KVG_SELECT_FLAT_THREADS)
 	select_mask(const __grid_constant__ struct kvg_select_mask_args args)
 {
-	const uint32_t begin = __ldg(args.offset), end = __ldg(args.offset + args.rows);
+	const uint32_t begin = row_offset(args.offset, args.length, 0);
+	const uint32_t end = row_offset(args.offset, args.length, args.rows);
 	const float threshold = args.threshold ? __ldg(args.threshold) : args.value;
 	uint32_t from = key_of(threshold);
 
@@ -41,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(KVG_SELECT_FLAT_THREADS)
 	select_histogram(const __grid_constant__ struct kvg_select_step_args args)
 {
 	__shared__ uint32_t bins[KVG_SELECT_DIGITS];
-	const uint32_t begin = __ldg(args.offset), end = __ldg(args.offset + args.rows);
+	const uint32_t begin = row_offset(args.offset, args.length, 0);
+	const uint32_t end = row_offset(args.offset, args.length, args.rows);
 	const uint32_t shift = DIGIT_SHIFT(args.pass), mask = DIGIT_MASK(args.pass);
 	const uint32_t prefix = args.pass ? args.state->prefix : 0;
 

@@ -6,8 +6,9 @@
  * back: ranks are computed on the device, in doubles rounded as on the host, from the offsets there.
  *
  * Thresholds come from one cooperative kernel that keeps the scores in shared memory: a sample bounds the
- * threshold while they arrive, then rounds of counting narrow the range of keys to one. Calls enqueue only and can be
- * captured in a graph. Calls that share scratch must run one after the other.
+ * threshold while they arrive, then rounds of counting narrow the range of keys to one. It starts when each of its
+ * blocks, at most one for each multiprocessor, finds room at the same time. Calls enqueue only and can be captured in a
+ * graph. Calls that share scratch must run one after the other.
  */
 #ifndef KVG_CUDA_SELECT_H
 #define KVG_CUDA_SELECT_H
@@ -21,13 +22,17 @@
 
 struct kvg_cuda_select;
 
-/* All pointers are device pointers. Fewer than 2^32 - 64 scores. */
+/*
+ * All pointers are device pointers. Fewer than 2^32 - 64 scores. With offset, count and longest only size the launch,
+ * and results do not depend on them; without it each row has `longest` scores and the first begins at 0, which saves a
+ * trip to memory before the scores.
+ */
 struct kvg_cuda_select_input {
 	const float *scores;    /* 16-byte aligned */
-	const uint32_t *offset; /* [layers * heads + 1], in scores */
+	const uint32_t *offset; /* [layers * heads + 1], in scores; or NULL */
 	uint32_t layers, heads;
-	uint32_t count;   /* about offset[layers * heads] - offset[0]: sizes the launch; results do not depend on it */
-	uint32_t longest; /* about the longest row, likewise */
+	uint32_t count;   /* of all scores */
+	uint32_t longest; /* row */
 };
 
 /* Loads the kernels into the current context, which cuda must outlive. CUDA_SUCCESS or why not. */

@@ -15,9 +15,9 @@
 #define GRID_BINS    KVG_SELECT_GRID_BINS
 #define COARSE_BINS  (GRID_BINS / COPIES) /* of a first round, which has several copies against crowding */
 #define COPIES       4
-#define STAGES       16 /* GRID_THREADS quads each: more than shared memory holds */
-#define SAMPLES      (2u * GRID_THREADS)
-#define SAMPLE_LEAST (16u * SAMPLES) /* smaller segments are not worth it */
+#define STAGES       KVG_SELECT_GRID_STAGES
+#define SAMPLES      GRID_THREADS
+#define SAMPLE_LEAST (32u * SAMPLES) /* smaller segments are not worth it */
 #define DIRECT       2048            /* so few candidates are counted in device memory at once */
 
 /* The part of a segment that is this block's. */
@@ -39,13 +39,14 @@ struct grid_shared {
 	uint32_t sums[GRID_THREADS / 32];
 	uint32_t least[GRID_THREADS / 32], most[GRID_THREADS / 32];
 	struct found found[2];
-	uint32_t greater;
+	uint32_t greater, inside; /* of the first round, as far as counted */
+	uint64_t tally[2];
 };
 
 /* -- staging: whole quads come to shared memory as they are; the first round puts keys in their place -- */
 
 #if __CUDA_ARCH__ >= 900
-#define STAGING_THREADS 1
+#define STAGING_THREADS STAGES
 
 static __device__ void stage_init(struct grid_shared *shared)
 {
@@ -53,7 +54,8 @@ static __device__ void stage_init(struct grid_shared *shared)
 		asm volatile(
 			"mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(shared->arrived + threadIdx.x))
 			: "memory");
-	asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+	if (threadIdx.x < STAGES)
+		asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 /* By STAGING_THREADS threads, after a barrier behind the last use of shared memory. */
@@ -63,7 +65,7 @@ static __device__ void stage_begin(
 	uint32_t first = (part.begin + 3) / 4, last = part.end / 4;
 
 	asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-	for (uint32_t stage = 0; stage * GRID_THREADS < part.staged; stage++) {
+	for (uint32_t stage = threadIdx.x; stage * GRID_THREADS < part.staged; stage += STAGING_THREADS) {
 		uint32_t from = stage * GRID_THREADS, to = min(from + GRID_THREADS, part.staged);
 		uint32_t arrived = shared_address(shared->arrived + stage), bytes;
 
@@ -110,22 +112,15 @@ static __device__ void stage_begin(
 		uint32_t quad = part.first + i;
 
 		if (quad_inside(quad, part.begin, part.end))
-			asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(staged + i)),
-				     "l"((const float4 *)args.scores + quad)
-				     : "memory");
+			copy_quad(staged + i, (const float4 *)args.scores + quad);
 	}
 }
 
 static __device__ __forceinline__ void stage_wait(struct grid_shared *, uint32_t, uint32_t)
 {
-	asm volatile("cp.async.wait_all;" ::: "memory"); /* each thread reads what it copied */
+	copies_wait(); /* each thread reads what it copied */
 }
 #endif
-
-static __device__ __forceinline__ uint4 keys_of(float4 v)
-{
-	return make_uint4(key_of(v.x), key_of(v.y), key_of(v.z), key_of(v.w));
-}
 
 static __device__ __forceinline__ uint4 load_keys(
 	const struct kvg_select_grid_args &args, const struct part &part, uint32_t i)
@@ -159,49 +154,93 @@ static __device__ __forceinline__ void part_each(
 
 /* -- rounds -- */
 
-/* Waits until the group's blocks have counted this round. Cooperative launches run all blocks at the same time. */
-static __device__ void round_meet(struct kvg_select_round *round, uint32_t members)
+/*
+ * Adds this block to the round's tally and waits until all of the group are in it. Cooperative launches run all blocks
+ * at the same time. This orders nothing else: round_find() sees by the sum of the bins when they are complete.
+ */
+static __device__ void round_meet(struct kvg_select_round *round, uint32_t members, struct grid_shared *shared,
+	uint32_t *ret_above, uint32_t *ret_inside)
 {
 	__syncthreads();
 	if (threadIdx.x == 0) {
-		uint32_t arrived, polls = 0;
+		uint64_t above, inside;
+		uint32_t polls = 0;
 
-		asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&round->arrived) : "memory");
+		atomicAdd((unsigned long long *)round->tally, KVG_SELECT_ARRIVED | shared->greater);
+		atomicAdd((unsigned long long *)round->tally + 1, KVG_SELECT_ARRIVED | shared->inside);
+		shared->greater = shared->inside = 0;
 		do {
-			asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-				     : "=r"(arrived)
-				     : "l"(&round->arrived)
+			asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+				     : "=l"(above), "=l"(inside)
+				     : "l"(round->tally)
 				     : "memory");
 			if (++polls == POLL_LIMIT)
 				__trap();
-		} while (arrived < members);
+		} while (above / KVG_SELECT_ARRIVED < members || inside / KVG_SELECT_ARRIVED < members);
+		shared->tally[0] = above;
+		shared->tally[1] = inside;
 	}
 	__syncthreads();
+	*ret_above = (uint32_t)shared->tally[0];
+	*ret_inside = (uint32_t)shared->tally[1];
 }
 
-/* Zeroes this block's share of the round after the next meeting. */
-static __device__ void round_clear(struct kvg_select_round *round, uint32_t member, uint32_t members)
+static __device__ __forceinline__ uint4 load_counts(const uint32_t *at)
 {
-	uint32_t stride = members * GRID_THREADS;
+	uint4 counts;
 
-	for (uint32_t i = threadIdx.x * members + member; i < GRID_BINS / 4; i += stride)
-		__stcg((uint4 *)round->count + i, make_uint4(0, 0, 0, 0));
-	if (member == 0 && threadIdx.x == 0) {
-		__stcg(&round->arrived, 0u);
-		__stcg(&round->greater, 0u);
-	}
+	asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+		     : "=r"(counts.x), "=r"(counts.y), "=r"(counts.z), "=r"(counts.w)
+		     : "l"(at)
+		     : "memory");
+	return counts;
 }
 
-/* Adds the block's bins [0, count) to the round's, and zeroes them. */
-static __device__ void round_add(uint32_t *bins, uint32_t count, uint32_t *to)
+/* This thread's bins of a coarse round: one, from all copies. */
+static __device__ __forceinline__ uint4 load_coarse(const uint32_t *at)
 {
-	for (uint32_t bin = threadIdx.x; bin < count; bin += GRID_THREADS) {
-		uint32_t value = bins[bin];
+	uint32_t sum = 0;
 
-		if (value)
-			atomicAdd(to + bin, value);
-		bins[bin] = 0;
+#pragma unroll
+	for (uint32_t copy = 0; copy < COPIES; copy++) {
+		uint32_t count;
+
+		asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
+			     : "=r"(count)
+			     : "l"(at + copy * COARSE_BINS)
+			     : "memory");
+		sum += count;
 	}
+	return make_uint4(0, 0, 0, sum);
+}
+
+/* Finds the bin of the rank in shared->found[0], once the bins hold `inside` keys. Returns above + inside. */
+static __device__ uint32_t round_find(const struct kvg_select_round *round, bool coarse, uint32_t above,
+	uint32_t inside, uint32_t rank, struct grid_shared *shared)
+{
+	const uint32_t bin = COARSE_BINS - 1 - threadIdx.x, own = GRID_BINS - 4 - 4 * threadIdx.x;
+	uint32_t total = 0;
+
+#pragma unroll 1
+	for (uint32_t polls = 0; polls == 0 || total - above != inside; polls++) {
+		uint4 counts = coarse ? load_coarse(round->count + bin) : load_counts(round->count + own);
+
+		total = find_bins<GRID_THREADS, 1>(
+			counts, coarse ? bin - 3 : own, above, &rank, shared->sums, shared->found);
+		if (polls == POLL_LIMIT)
+			__trap();
+	}
+	return total;
+}
+
+/* Zeroes this block's share of the rounds that the group's next search uses. */
+static __device__ void rounds_clear(struct kvg_select_round *rounds, uint32_t member, uint32_t members)
+{
+	const uint32_t quads = KVG_SELECT_ROUNDS * sizeof(*rounds) / sizeof(uint4);
+
+#pragma unroll 1
+	for (uint32_t i = member * GRID_THREADS + threadIdx.x; i < quads; i += members * GRID_THREADS)
+		__stcg((uint4 *)rounds + i, make_uint4(0, 0, 0, 0));
 }
 
 /* How far keys in a range of that span are shifted to get one of 2^bits bins. */
@@ -212,40 +251,9 @@ static __device__ __forceinline__ uint32_t shift_of(uint32_t span, uint32_t bits
 	return width > bits ? width - bits : 0;
 }
 
-/* Adds 1 to a bin of shared memory when distance <= span, without a branch. */
-static __device__ __forceinline__ void count_if(uint32_t distance, uint32_t span, uint32_t shift, uint32_t bins)
-{
-	asm volatile("{ .reg .pred p; .reg .u32 r; setp.le.u32 p, %0, %1; @p atom.shared.add.u32 r, [%2], 1; }" ::"r"(
-			     distance),
-		     "r"(span), "r"(bins + (distance >> shift) * 4)
-		     : "memory");
-}
-
-/* The distances of a quad's keys from low; true when one is in the range. */
-static __device__ __forceinline__ bool quad_distances(uint4 keys, uint32_t low, uint32_t span, uint32_t distances[4])
-{
-	distances[0] = keys.x - low;
-	distances[1] = keys.y - low;
-	distances[2] = keys.z - low;
-	distances[3] = keys.w - low;
-	return min(min(distances[0], distances[1]), min(distances[2], distances[3])) <= span;
-}
-
-/* Narrows the search to the bin that holds the rank. */
-static __device__ void search_narrow(struct search *search, uint32_t shift, const struct found &found)
-{
-	search->low += found.bin << shift;
-	search->high = min(search->high, search->low + ((1u << shift) - 1));
-	search->above = found.above;
-	search->inside = found.count;
-}
-
-/*
- * The first round, while scores arrive: counts the block's keys in the range by coarse bins, and those above it. A
- * sample can have misled; then what is left is the range above or below.
- */
+/* The first round, while scores arrive: counts the block's keys in the range by coarse bins, and those above it. */
 static __device__ void first_count(const struct kvg_select_grid_args &args, const struct part &part, float4 *staged,
-	const struct search &search, uint32_t parity, struct grid_shared *shared)
+	const struct search &search, uint32_t phases, uint32_t *to, struct grid_shared *shared)
 {
 	const uint32_t low = search.low, span = search.high - low, shift = shift_of(span, 10);
 	const uint32_t bins = shared_address(shared->bins);
@@ -264,7 +272,7 @@ static __device__ void first_count(const struct kvg_select_grid_args &args, cons
 	for (uint32_t stage = 0; stage * GRID_THREADS < part.staged; stage++) {
 		uint32_t i = stage * GRID_THREADS + threadIdx.x;
 
-		stage_wait(shared, stage, parity >> stage & 1);
+		stage_wait(shared, stage, phases >> stage & 1);
 		if (i < part.staged)
 			count(stage_convert(args, part, staged, i));
 	}
@@ -272,46 +280,22 @@ static __device__ void first_count(const struct kvg_select_grid_args &args, cons
 	for (uint32_t i = part.staged + threadIdx.x; i < part.quads; i += GRID_THREADS)
 		count(load_keys(args, part, i));
 	add_to_block(greater, &shared->greater);
-}
-
-static __device__ void first_round(const struct kvg_select_grid_args &args, uint32_t member,
-	struct kvg_select_round *round, struct grid_shared *shared, struct search *search)
-{
-	const uint32_t shift = shift_of(search->high - search->low, 10), bin = COARSE_BINS - 1 - threadIdx.x;
-	uint32_t sum = 0;
-
 	__syncthreads();
-	round_add(shared->bins, COARSE_BINS, round->count + member % COPIES * COARSE_BINS);
-	if (threadIdx.x == 0) {
-		if (shared->greater)
-			atomicAdd(&round->greater, shared->greater);
-		shared->greater = 0;
-	}
-	round_meet(round, args.members);
-	uint32_t above = __ldcg(&round->greater);
+	uint32_t value = shared->bins[threadIdx.x];
 
-#pragma unroll
-	for (uint32_t copy = 0; copy < COPIES; copy++)
-		sum += __ldcg(round->count + copy * COARSE_BINS + bin);
-	uint32_t total = find_bins<GRID_THREADS, 1>(
-		make_uint4(0, 0, 0, sum), bin - 3, above, &search->rank, shared->sums, shared->found);
-
-	if (search->rank < above)
-		*search = {search->rank, search->high + 1, KEY_MAX, 0, above};
-	else if (search->rank >= total)
-		*search = {search->rank, 0, search->low - 1, total, KEY_MAX};
-	else
-		search_narrow(search, shift, shared->found[0]);
+	if (value)
+		atomicAdd(to + threadIdx.x, value);
+	shared->bins[threadIdx.x] = 0;
+	add_to_block(value, &shared->inside);
 }
 
 /* A later round: the range is known to hold the key. Few candidates are counted in device memory directly. */
-static __device__ void next_round(const struct kvg_select_grid_args &args, const struct part &part,
-	const float4 *staged, struct kvg_select_round *round, struct grid_shared *shared, struct search *search)
+static __device__ void next_count(const struct kvg_select_grid_args &args, const struct part &part,
+	const float4 *staged, const struct search &search, uint32_t *to, struct grid_shared *shared)
 {
-	const uint32_t low = search->low, span = search->high - low, shift = shift_of(span, 12);
-	const uint32_t own = GRID_BINS / 4 - 1 - threadIdx.x;
+	const uint32_t low = search.low, span = search.high - low, shift = shift_of(span, 12);
 
-	if (search->inside <= DIRECT) {
+	if (search.inside <= DIRECT) {
 		part_each(args, part, staged, [&](uint32_t, uint4 keys) {
 			uint32_t distances[4];
 
@@ -320,65 +304,44 @@ static __device__ void next_round(const struct kvg_select_grid_args &args, const
 #pragma unroll
 			for (uint32_t j = 0; j < 4; j++)
 				if (distances[j] <= span)
-					atomicAdd(round->count + (distances[j] >> shift), 1u);
+					atomicAdd(to + (distances[j] >> shift), 1u);
 		});
-	} else {
-		part_each(args, part, staged, [&](uint32_t, uint4 keys) {
-			uint32_t distances[4];
-
-			if (!quad_distances(keys, low, span, distances))
-				return;
-#pragma unroll
-			for (uint32_t j = 0; j < 4; j++)
-				count_if(distances[j], span, shift, shared_address(shared->bins));
-		});
-		__syncthreads();
-		round_add(shared->bins, GRID_BINS, round->count);
+		return;
 	}
-	round_meet(round, args.members);
-	(void)find_bins<GRID_THREADS, 1>(__ldcg((const uint4 *)round->count + own), own * 4, search->above,
-		&search->rank, shared->sums, shared->found);
-	search_narrow(search, shift, shared->found[0]);
+	part_each(args, part, staged, [&](uint32_t, uint4 keys) {
+		uint32_t distances[4];
+
+		if (!quad_distances(keys, low, span, distances))
+			return;
+#pragma unroll
+		for (uint32_t j = 0; j < 4; j++)
+			count_if(distances[j], span, shift, shared_address(shared->bins));
+	});
+	__syncthreads();
+#pragma unroll
+	for (uint32_t bin = threadIdx.x; bin < GRID_BINS; bin += GRID_THREADS) {
+		uint32_t value = shared->bins[bin];
+
+		if (value)
+			atomicAdd(to + bin, value);
+		shared->bins[bin] = 0;
+	}
 }
 
 /* -- the sample: every block takes the same one of the whole segment, and so needs no other block -- */
 
-struct sample {
-	float score[SAMPLES / GRID_THREADS];
-};
-
-/* Begins to read it. */
-static __device__ __forceinline__ struct sample sample_load(
-	const struct kvg_select_grid_args &args, uint32_t begin, uint32_t n)
+static __device__ __forceinline__ uint32_t sample_at(uint32_t begin, uint32_t n)
 {
 	const uint32_t stride = n / SAMPLES;
-	struct sample sample;
 
-#pragma unroll
-	for (uint32_t j = 0; j < SAMPLES / GRID_THREADS; j++) {
-		uint32_t i = j * GRID_THREADS + threadIdx.x;
-		uint32_t at = begin + i * stride + __umulhi(i * 2654435769u, stride);
-
-		sample.score[j] = __ldcg(args.scores + at);
-		if (args.safe && args.keep[at])
-			sample.score[j] = POSITIVE_INFINITY;
-	}
-	return sample;
+	return begin + threadIdx.x * stride + __umulhi(threadIdx.x * 2654435769u, stride);
 }
 
 /* The least and the greatest key of the sample, in every thread. */
-static __device__ void sample_range(
-	const uint32_t *keys, struct grid_shared *shared, uint32_t *ret_least, uint32_t *ret_most)
+static __device__ void sample_range(uint32_t key, struct grid_shared *shared, uint32_t *ret_least, uint32_t *ret_most)
 {
-	uint32_t least = keys[0], most = keys[0];
+	uint32_t least = __reduce_min_sync(WARP, key), most = __reduce_max_sync(WARP, key);
 
-#pragma unroll
-	for (uint32_t j = 1; j < SAMPLES / GRID_THREADS; j++) {
-		least = min(least, keys[j]);
-		most = max(most, keys[j]);
-	}
-	least = __reduce_min_sync(WARP, least);
-	most = __reduce_max_sync(WARP, most);
 	if (threadIdx.x % 32 == 0) {
 		shared->least[threadIdx.x / 32] = least;
 		shared->most[threadIdx.x / 32] = most;
@@ -389,25 +352,19 @@ static __device__ void sample_range(
 }
 
 /* Bounds the search by three and a half standard deviations around where the rank should be in the sample. */
-static __device__ void search_bound(
-	const struct sample &sample, uint32_t n, struct grid_shared *shared, struct search *search)
+static __device__ void search_bound(uint32_t key, uint32_t n, struct grid_shared *shared, struct search *search)
 {
 	const uint32_t own = GRID_BINS / 4 - 1 - threadIdx.x;
 	const float expected = ((float)search->rank + 0.5f) * ((float)SAMPLES / (float)n);
 	const float margin = 2.0f + 3.5f * sqrtf(fmaxf(expected * (1.0f - expected / (float)SAMPLES), 0.0f));
 	const uint32_t ranks[2] = {
 		(uint32_t)fmaxf(expected - margin, 0.0f), min((uint32_t)(expected + margin), SAMPLES - 1u)};
-	uint32_t least, most, keys[SAMPLES / GRID_THREADS];
+	uint32_t least, most;
 
-#pragma unroll
-	for (uint32_t j = 0; j < SAMPLES / GRID_THREADS; j++)
-		keys[j] = key_of(sample.score[j]);
-	sample_range(keys, shared, &least, &most);
+	sample_range(key, shared, &least, &most);
 	const uint32_t shift = shift_of(most - least, 12);
 
-#pragma unroll
-	for (uint32_t j = 0; j < SAMPLES / GRID_THREADS; j++)
-		atomicAdd(shared->bins + ((keys[j] - least) >> shift), 1u);
+	atomicAdd(shared->bins + ((key - least) >> shift), 1u);
 	__syncthreads();
 	uint4 counts = ((uint4 *)shared->bins)[own];
 
@@ -423,34 +380,48 @@ static __device__ void search_bound(
 
 /* -- segments -- */
 
-/* Turns to the next round, whose counters are zero, and zeroes those of the one after it. */
-static __device__ struct kvg_select_round *round_next(
-	struct kvg_select_group *group, uint32_t *turn, uint32_t member, uint32_t members)
+/* Narrows the search by a round. A sample can have misled the first; then what is left is above or below its range. */
+static __device__ void search_narrow(
+	struct search *search, uint32_t shift, uint32_t above, uint32_t total, uint32_t all, const struct found &found)
 {
-	struct kvg_select_round *now = group->round + *turn;
-
-	*turn = *turn == KVG_SELECT_ROUNDS - 1 ? 0 : *turn + 1;
-	round_clear(group->round + *turn, member, members);
-	return now;
+	if (search->rank < above) {
+		*search = {search->rank, search->high + 1, KEY_MAX, 0, above};
+	} else if (search->rank >= total) {
+		*search = {search->rank, 0, search->low - 1, total, all - total};
+	} else {
+		search->low += found.bin << shift;
+		search->high = min(search->high, search->low + ((1u << shift) - 1));
+		search->above = found.above;
+		search->inside = found.count;
+	}
 }
 
-/* Finds the key with search->rank; it is search->low then. */
-static __device__ void segment_search(const struct kvg_select_grid_args &args, const struct part &part,
-	const struct sample &sample, uint32_t member, float4 *staged, uint32_t parity, uint32_t *turn,
-	struct grid_shared *shared, struct search *search)
+/* Finds the key with search->rank; it is search->low then. A first round and three more are enough for 32 bits. */
+static __device__ void segment_search(const struct kvg_select_grid_args &args, const struct part &part, uint32_t member,
+	float4 *staged, uint32_t phases, struct kvg_select_round *rounds, struct grid_shared *shared,
+	struct search *search)
 {
-	struct kvg_select_group *group = args.groups + blockIdx.x / args.members;
-	const uint32_t n = part.end - part.begin;
+	const uint32_t all = ((part.end - 1) / 4 + 1 - part.begin / 4) * 4; /* with -infinity in the margins */
 
-	if (n >= SAMPLE_LEAST)
-		search_bound(sample, n, shared, search);
-	struct kvg_select_round *round = round_next(group, turn, member, args.members);
+#pragma unroll 1
+	for (uint32_t i = 0; i < KVG_SELECT_ROUNDS && (i == 0 || search->low != search->high); i++) {
+		struct kvg_select_round *round = rounds + i;
+		const uint32_t shift = shift_of(search->high - search->low, i ? 12 : 10);
+		uint32_t above, inside;
 
-	first_count(args, part, staged, *search, parity, shared);
-	first_round(args, member, round, shared, search);
-	for (uint32_t i = 0; i < 8 && search->low != search->high; i++) {
-		round = round_next(group, turn, member, args.members);
-		next_round(args, part, staged, round, shared, search);
+		if (i == 0)
+			first_count(args, part, staged, *search, phases, round->count + member % COPIES * COARSE_BINS,
+				shared);
+		else
+			next_count(args, part, staged, *search, round->count, shared);
+		round_meet(round, args.members, shared, &above, &inside);
+		if (i) {
+			above = search->above;
+			inside = search->inside;
+		}
+		uint32_t total = round_find(round, i == 0, above, inside, search->rank, shared);
+
+		search_narrow(search, shift, above, total, all, shared->found[0]);
 	}
 }
 
@@ -490,15 +461,15 @@ extern "C" __global__ void __launch_bounds__(GRID_THREADS, 1)
 	extern __shared__ float4 staged[];
 	__shared__ struct grid_shared shared;
 	const uint32_t group = blockIdx.x / args.members, member = blockIdx.x % args.members;
-	uint32_t turn = __ldcg(&args.groups[group].turn), parity = 0;
+	uint32_t turn = __ldcg(&args.groups[group].turn) & 1, phases = 0;
 
 	((uint4 *)shared.bins)[threadIdx.x] = make_uint4(0, 0, 0, 0);
 	if (threadIdx.x == 0)
-		shared.greater = 0;
+		shared.greater = shared.inside = 0;
 	stage_init(&shared);
 	for (uint32_t segment = group; segment < args.segments; segment += gridDim.x / args.members) {
-		uint32_t begin = __ldg(args.offset + (size_t)segment * args.rows);
-		uint32_t end = __ldg(args.offset + (size_t)(segment + 1) * args.rows), n = end - begin;
+		uint32_t begin = row_offset(args.offset, args.length, segment * args.rows);
+		uint32_t end = row_offset(args.offset, args.length, (segment + 1) * args.rows), n = end - begin;
 
 		if (!n)
 			continue;
@@ -508,18 +479,23 @@ extern "C" __global__ void __launch_bounds__(GRID_THREADS, 1)
 			segment_fill(args, part, n <= args.budget);
 			continue;
 		}
+		__syncthreads();
+		const uint32_t at = n >= SAMPLE_LEAST ? sample_at(begin, n) : begin;
+		float sample = __ldcg(args.scores + at);
+
+		if (threadIdx.x < STAGING_THREADS)
+			stage_begin(args, part, staged, &shared);
+		rounds_clear(args.groups[group].round[turn ^ 1], member, args.members);
 		uint32_t share = args.by_budget ? (uint32_t)args.budget : share_of(n, args.ratio);
 		struct search search = {share ? share - 1 : 0, 0, KEY_MAX, 0, n};
 
-		__syncthreads();
-		struct sample sample = {};
-
+		if (args.safe && args.keep[at])
+			sample = POSITIVE_INFINITY;
 		if (n >= SAMPLE_LEAST)
-			sample = sample_load(args, begin, n);
-		if (threadIdx.x < STAGING_THREADS)
-			stage_begin(args, part, staged, &shared);
-		segment_search(args, part, sample, member, staged, parity, &turn, &shared, &search);
-		parity ^= (1u << (part.staged + GRID_THREADS - 1) / GRID_THREADS) - 1;
+			search_bound(key_of(sample), n, &shared, &search);
+		segment_search(args, part, member, staged, phases, args.groups[group].round[turn], &shared, &search);
+		phases ^= (1u << (part.staged + GRID_THREADS - 1) / GRID_THREADS) - 1;
+		turn ^= 1;
 		if (args.threshold && member == 0 && threadIdx.x == 0)
 			args.threshold[segment] = score_of(search.low);
 		if (args.keep)

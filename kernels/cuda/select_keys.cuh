@@ -55,6 +55,12 @@ static __device__ __forceinline__ uint32_t share_of(uint32_t n, double ratio)
 	return (uint32_t)__double2ull_rz(__dmul_rn((double)n, ratio));
 }
 
+/* Where a row begins; without offsets every row has `length` scores. */
+static __device__ __forceinline__ uint32_t row_offset(const uint32_t *offset, uint32_t length, uint32_t row)
+{
+	return offset ? __ldg(offset + row) : row * length;
+}
+
 /* ---- scores by quads ---- */
 
 static __device__ __forceinline__ bool quad_inside(uint32_t quad, uint32_t begin, uint32_t end)
@@ -128,6 +134,43 @@ static __device__ __forceinline__ uint32_t load_flags(const uint8_t *keep, uint3
 			flags |= (uint32_t)keep[i] << (8 * j);
 	}
 	return flags;
+}
+
+static __device__ __forceinline__ uint4 keys_of(float4 v)
+{
+	return make_uint4(key_of(v.x), key_of(v.y), key_of(v.z), key_of(v.w));
+}
+
+/* Starts to copy a whole quad to shared memory; the thread waits for its own with copies_wait(). */
+static __device__ __forceinline__ void copy_quad(float4 *to, const float4 *from)
+{
+	asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+static __device__ __forceinline__ void copies_wait(void)
+{
+	asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/* ---- counting ---- */
+
+/* Adds 1 to a bin of shared memory when distance <= span, without a branch. */
+static __device__ __forceinline__ void count_if(uint32_t distance, uint32_t span, uint32_t shift, uint32_t bins)
+{
+	asm volatile("{ .reg .pred p; .reg .u32 r; setp.le.u32 p, %0, %1; @p atom.shared.add.u32 r, [%2], 1; }" ::"r"(
+			     distance),
+		     "r"(span), "r"(bins + (distance >> shift) * 4)
+		     : "memory");
+}
+
+/* The distances of a quad's keys from low; true when one is in the range. */
+static __device__ __forceinline__ bool quad_distances(uint4 keys, uint32_t low, uint32_t span, uint32_t distances[4])
+{
+	distances[0] = keys.x - low;
+	distances[1] = keys.y - low;
+	distances[2] = keys.z - low;
+	distances[3] = keys.w - low;
+	return min(min(distances[0], distances[1]), min(distances[2], distances[3])) <= span;
 }
 
 /* ---- ranks in bins, by one block ---- */

@@ -29,7 +29,7 @@ static __device__ __forceinline__ uint4 row_load(const struct row &row, uint32_t
 {
 	uint32_t quad = row.first + i;
 	float4 v = load_quad(row.args->scores, NULL, quad, row.begin, row.end);
-	uint4 keys = make_uint4(key_of(v.x), key_of(v.y), key_of(v.z), key_of(v.w));
+	uint4 keys = keys_of(v);
 	bool inside = quad_inside(quad, row.begin, row.end);
 
 	if (inside && row.args->rule != KVG_SELECT_ROW_FLOOR)
@@ -210,8 +210,8 @@ extern "C" __global__ void __launch_bounds__(KVG_SELECT_ROW_THREADS, 3)
 {
 	extern __shared__ uint4 staged_keys[];
 	__shared__ struct row_shared shared;
-	struct row row = {
-		&args, staged_keys, __ldg(args.offset + blockIdx.x), __ldg(args.offset + blockIdx.x + 1), 0, 0};
+	struct row row = {&args, staged_keys, row_offset(args.offset, args.length, blockIdx.x),
+		row_offset(args.offset, args.length, blockIdx.x + 1), 0, 0};
 
 	if (row.begin == row.end)
 		return;

@@ -21,9 +21,10 @@
 #define NOTICE_MS       15000
 
 static const struct kvg_policy policy = {
-	.ratio = 0.3, .mode = KVG_MODE_CHUNKED, .context_tokens = 2000, .max_new_tokens = 64};
+	.ratio = 0.3, .mode = KVG_MODE_CHUNKED, .context_tokens = 2000, .max_new_tokens = 2000};
 
-/* Holds a sequence; on a byte it works on, and says 'k', or 'p' when the daemon or its own context is gone. */
+/* Holds a sequence; on a byte it looks at it and asks the daemon for something that takes the GPU, and says 'k', or 'p'
+ * when that failed: a daemon that has nothing to do there notices a lost GPU with its next work. */
 static int witness(int fd, void *socket)
 {
 	struct live_sequence sequence;
@@ -46,7 +47,7 @@ static int witness(int fd, void *socket)
 	if (r == 0)
 		must(!counts.wrong && !counts.repeated && !counts.strange, "every byte");
 	(void)fprintf(stderr, "witness: its own context: %s\n", r ? strerror(-r) : "works, and every byte is right");
-	r = kvg_nop(live.client);
+	r = kvg_reserve(live.client, sequence.seq, 2000);
 	(void)fprintf(stderr, "witness: the daemon: %s\n", r ? kvg_error(live.client) : "answers");
 	process_say(fd, r ? 'p' : 'k');
 	(void)process_listen(fd);
@@ -70,29 +71,24 @@ static int careless(int fd, void *unused)
 	return 0;
 }
 
-struct mps {
-	char dir[64];
-};
-
-static bool mps_open(struct mps *mps)
+/* A server of our own: whoever inherits the variables is its client. It ends when its clients have. */
+static bool mps_open(char *dir, size_t size)
 {
-	(void)snprintf(mps->dir, sizeof(mps->dir), "/tmp/kvgate-mps.XXXXXX");
-	assert_non_null(mkdtemp(mps->dir));
-	(void)setenv("CUDA_MPS_PIPE_DIRECTORY", mps->dir, 1);
-	(void)setenv("CUDA_MPS_LOG_DIRECTORY", mps->dir, 1);
-	return system("nvidia-cuda-mps-control -d >/dev/null 2>&1") == 0;
+	(void)snprintf(dir, size, "/tmp/kvgate-mps.XXXXXX");
+	if (!mkdtemp(dir))
+		return false;
+	(void)setenv("CUDA_MPS_PIPE_DIRECTORY", dir, 1);
+	(void)setenv("CUDA_MPS_LOG_DIRECTORY", dir, 1);
+	return system("nvidia-cuda-mps-control -d </dev/null >/dev/null 2>&1") == 0;
 }
 
-static void mps_close(struct mps *mps)
+static void mps_close(const char *dir)
 {
 	char command[128];
 
-	(void)snprintf(command, sizeof(command), "echo quit | timeout 20 nvidia-cuda-mps-control >/dev/null 2>&1");
+	(void)!system("echo quit -t 10 | timeout 30 nvidia-cuda-mps-control >/dev/null 2>&1");
+	(void)snprintf(command, sizeof(command), "rm -rf -- '%s'", dir);
 	(void)!system(command);
-	(void)snprintf(command, sizeof(command), "rm -rf -- '%s'", mps->dir);
-	(void)!system(command);
-	(void)unsetenv("CUDA_MPS_PIPE_DIRECTORY");
-	(void)unsetenv("CUDA_MPS_LOG_DIRECTORY");
 }
 
 /* Whether the daemon ended within the time. */
@@ -152,14 +148,8 @@ static void test_a_fault_of_a_client_of_the_same_server(void **state)
 	char config[512], path[FIXTURE_PATH];
 	struct process worker;
 	struct fixture fixture;
-	struct mps mps;
 
 	(void)state;
-	if (!mps_open(&mps)) {
-		mps_close(&mps);
-		print_message("nvidia-cuda-mps-control does not start\n");
-		skip();
-	}
 	live_config(config, sizeof(config), true, "64M", "[tenant a]\nsocket = a.sock\n");
 	fixture_start(&fixture, config);
 	process_fork(&worker, witness, (void *)(uintptr_t)fixture_path(&fixture, "state/a.sock", path));
@@ -172,7 +162,6 @@ static void test_a_fault_of_a_client_of_the_same_server(void **state)
 	} else {
 		fixture_remove(&fixture);
 	}
-	mps_close(&mps);
 }
 
 int main(void)
@@ -180,8 +169,17 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_a_fault_of_a_client_of_the_same_server),
 	};
+	char dir[64];
+	int failed;
 
 	if (!live_gpu())
 		return 77;
-	return runner_run("mps", tests, sizeof(tests) / sizeof(*tests));
+	if (!mps_open(dir, sizeof(dir))) {
+		(void)fprintf(stderr, "skipped: nvidia-cuda-mps-control does not start\n");
+		mps_close(dir);
+		return 77;
+	}
+	failed = runner_run("mps", tests, sizeof(tests) / sizeof(*tests));
+	mps_close(dir);
+	return failed;
 }

@@ -207,8 +207,9 @@ static void define(const struct cache *cache, uint32_t row, uint32_t length, dou
 				out[g * dim + d] += p * (double)token[d];
 		}
 	}
-	for (uint32_t i = 0; length && i < group * dim; i++)
-		out[i] /= sum[i / dim];
+	for (uint32_t g = 0; length && g < group; g++)
+		for (uint32_t d = 0; d < dim; d++)
+			out[g * dim + d] /= sum[g];
 	free(weight);
 	free(token);
 }
@@ -233,11 +234,11 @@ static void step_init(struct step *step, struct cache *cache, const uint32_t *sl
 	step->attend.q_stride = line + 24;
 	step->attend.out_stride = line + 16;
 	step->numbers = sequences * (line + 24);
-	step->slots = malloc(sequences * 4);
+	step->slots = malloc(sequences * 4 + 4);
 	memcpy(step->slots, slots, sequences * 4);
 	step->q = random_floats(&cache->random, step->numbers, q_scale);
 	step->bytes = step->numbers * kvg_dtype_size(cache->kv.dtype);
-	stored = malloc(step->bytes);
+	stored = malloc(step->bytes + 1);
 	kvg_dtype_store(cache->kv.dtype, stored, step->q, step->numbers);
 	kvg_dtype_load(cache->kv.dtype, step->q, stored, step->numbers);
 	step->attend.q = device_copy(stored, step->bytes);

@@ -313,6 +313,29 @@ static void test_long_rows(void **state)
 	fixture_deinit(&f);
 }
 
+/* Rows of one length need no offsets. */
+static void test_no_offsets(void **state)
+{
+	static const uint32_t lengths[] = {1, 37, 4000, 16384};
+	struct random random = {89};
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(lengths) / sizeof(*lengths); i++) {
+		struct fixture f;
+
+		fixture_uniform(&f, 3, 5, lengths[i]);
+		f.device.offset = NULL;
+		fill(&f, &random, TIES);
+		for (uint32_t level = KVG_SELECT_PAIR; level <= KVG_SELECT_ADAKV_LAYER; level++)
+			compare_ratio(&f, level, 0.4);
+		compare_ratio(&f, KVG_SELECT_PAIR, 1.0);
+		compare_budget(&f, f.count / 3);
+		compare_floor(&f, lengths[i] / 2, 5, &random);
+		compare_threshold(&f, 0.5f);
+		fixture_deinit(&f);
+	}
+}
+
 /* More layers than blocks run at once, and sizes for the launch that are wrong. */
 static void test_many_layers_and_wrong_sizes(void **state)
 {
@@ -674,6 +697,7 @@ int main(void)
 		cmocka_unit_test(test_large),
 		cmocka_unit_test(test_whole),
 		cmocka_unit_test(test_long_rows),
+		cmocka_unit_test(test_no_offsets),
 		cmocka_unit_test(test_many_layers_and_wrong_sizes),
 		cmocka_unit_test(test_misleading_sample),
 		cmocka_unit_test(test_steps),

@@ -90,8 +90,17 @@ static void on_closed(void *user)
 	loop_stop(fixture->loop);
 }
 
-static const struct space_ops fixture_ops = {
-	.complete = on_complete, .extents_added = on_added, .extents_dropped = on_dropped, .closed = on_closed};
+static void on_broken(void *user, const char *reason)
+{
+	(void)user;
+	fail_msg("%s", reason);
+}
+
+static const struct space_ops fixture_ops = {.complete = on_complete,
+	.extents_added = on_added,
+	.extents_dropped = on_dropped,
+	.closed = on_closed,
+	.broken = on_broken};
 
 /* ---- from beginning to end ---- */
 

@@ -1,9 +1,11 @@
 #include "tools/bench/gpu_cublas.h"
 
-#include <cublasLt.h>
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
+
+#if __has_include(<cublasLt.h>)
+#include <cublasLt.h>
 
 #define WORKSPACE ((size_t)64 << 20)
 
@@ -178,6 +180,30 @@ CUresult gpu_cublas_enqueue(void *user, CUstream stream, unsigned turn)
 		       ? CUDA_SUCCESS
 		       : CUDA_ERROR_LAUNCH_FAILED;
 }
+
+#else
+
+struct gpu_cublas *gpu_cublas_new(
+	struct gpu_bench *bench, uint64_t m, uint64_t n, uint64_t k, CUdeviceptr a, CUdeviceptr b, CUdeviceptr c)
+{
+	(void)bench, (void)m, (void)n, (void)k, (void)a, (void)b, (void)c;
+	(void)fprintf(stderr, "built without cublasLt.h, so the times of cuBLASLt are missing\n");
+	return NULL;
+}
+
+struct gpu_cublas *gpu_cublas_free(struct gpu_cublas *product)
+{
+	(void)product;
+	return NULL;
+}
+
+CUresult gpu_cublas_enqueue(void *user, CUstream stream, unsigned turn)
+{
+	(void)user, (void)stream, (void)turn;
+	return CUDA_ERROR_NOT_SUPPORTED;
+}
+
+#endif
 
 double gpu_cublas_us(struct gpu_bench *bench, uint64_t m, uint64_t n, uint64_t k)
 {

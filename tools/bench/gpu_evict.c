@@ -16,6 +16,9 @@
 #define EXTENTS    48u /* 36 of fresh tokens, 11 of survivors */
 #define RUN        8u  /* blocks of a row's part of a stripe */
 #define CHUNKS     (BLOCKS / RUN)
+#define CHUNK_CAP  ((CHUNKS + 3) / 4 * 4)
+#define STEP       8u /* stripes of a step, where moves are done stripe by stripe */
+#define STEPS      ((CHUNKS + STEP - 1) / STEP)
 #define COPIES     3u /* of the metadata, in turn: more than the cache holds */
 
 struct eviction {
@@ -27,12 +30,11 @@ struct eviction {
 	struct kvg_cuda_kept kept;
 	struct kvg_cuda_counts counts;
 	struct kvg_cuda_lists lists;
-	struct kvg_cuda_moves moves;
-	struct kvg_cuda_move_row move_rows[ROWS];
+	struct kvg_cuda_moves moves, steps[STEPS];
 	float *scores[COPIES];
 	uint32_t *found;
 	uint64_t survivors;
-	CUdeviceptr owned[24];
+	CUdeviceptr owned[24 + STEPS];
 	uint32_t owned_count;
 };
 
@@ -128,9 +130,9 @@ static void make_decisions(struct gpu_bench *bench, struct eviction *eviction)
 	free(keep);
 	eviction->counts = (struct kvg_cuda_counts){.kept = own(bench, eviction, ROWS * sizeof(uint32_t), NULL),
 		.holes = own(bench, eviction, ROWS * sizeof(uint32_t), NULL),
-		.stripe_kept = own(bench, eviction, ROWS * (CHUNKS + 3), NULL),
-		.chunk_holes = own(bench, eviction, ROWS * (CHUNKS + 3), NULL),
-		.chunk_cap = (CHUNKS + 3) / 4 * 4};
+		.stripe_kept = own(bench, eviction, (size_t)ROWS * CHUNK_CAP, NULL),
+		.chunk_holes = own(bench, eviction, (size_t)ROWS * CHUNK_CAP, NULL),
+		.chunk_cap = CHUNK_CAP};
 	eviction->lists = (struct kvg_cuda_lists){
 		.survivors = own(bench, eviction, (size_t)ROWS * TOKENS * sizeof(uint32_t), NULL),
 		.survivor_cap = TOKENS};
@@ -187,12 +189,25 @@ static CUresult move(void *user, CUstream stream, unsigned turn)
 	return kvg_cuda_evict_move(eviction->kernels, &eviction->areas[0], &eviction->moves, stream);
 }
 
-/* Marks once, and plans to take all survivors to new blocks in one step. */
-static bool plan(struct gpu_bench *bench, struct eviction *eviction)
+static CUresult move_in_steps(void *user, CUstream stream, unsigned turn)
 {
-	static uint32_t kept[ROWS], ids[ROWS][BLOCKS];
+	struct eviction *eviction = user;
+	CUresult result = CUDA_SUCCESS;
+
+	(void)turn;
+	for (uint32_t i = 0; result == CUDA_SUCCESS && i < STEPS; i++)
+		result = kvg_cuda_evict_move(eviction->kernels, &eviction->areas[0], &eviction->steps[i], stream);
+	return result;
+}
+
+/* ---- plans ---- */
+
+/* Survivors of each stripe of each row. */
+static uint8_t stripe_kept[ROWS][CHUNK_CAP];
+
+static bool mark_once(struct gpu_bench *bench, struct eviction *eviction)
+{
 	const struct kvg_cuda_driver *driver = eviction->cuda->driver;
-	uint32_t taken = 0, tiles = 0;
 	CUresult result = count(eviction, bench->stream, 0);
 
 	if (result == CUDA_SUCCESS)
@@ -200,24 +215,58 @@ static bool plan(struct gpu_bench *bench, struct eviction *eviction)
 	if (result == CUDA_SUCCESS)
 		result = driver->cuStreamSynchronize(bench->stream);
 	if (result == CUDA_SUCCESS)
-		result = driver->cuMemcpyDtoH(kept, (CUdeviceptr)eviction->counts.kept, sizeof(kept));
-	if (gpu_check(bench, result, "marking"))
-		return false;
+		result = driver->cuMemcpyDtoH(
+			stripe_kept, (CUdeviceptr)eviction->counts.stripe_kept, sizeof(stripe_kept));
+	return !gpu_check(bench, result, "marking");
+}
+
+/* The moves of stripes [first, last) of all rows; done: what earlier steps have moved, updated. */
+static void plan_step(struct gpu_bench *bench, struct eviction *eviction, uint32_t first, uint32_t last, uint32_t *done,
+	struct kvg_cuda_moves *ret)
+{
+	struct kvg_cuda_move_row rows[ROWS];
+
+	*ret = eviction->moves;
+	ret->tiles = 0;
 	for (uint32_t row = 0; row < ROWS; row++) {
-		eviction->move_rows[row] = (struct kvg_cuda_move_row){.tile_first = tiles, .count = kept[row]};
-		tiles += (kept[row] + KVG_CUDA_MOVE_TILE - 1) / KVG_CUDA_MOVE_TILE;
-		eviction->survivors += kept[row];
-		for (uint32_t i = 0; i * KVG_CUDA_PLACES < kept[row]; i++)
-			ids[row][i] = block_id(36 * EXTENT_IDS / 2 + taken++);
+		uint32_t kept = 0;
+
+		for (uint32_t s = first; s < last; s++)
+			kept += stripe_kept[row][s];
+		rows[row] = (struct kvg_cuda_move_row){
+			.tile_first = ret->tiles, .count = kept, .src_first = done[row], .tail_first = done[row]};
+		ret->tiles += (kept + KVG_CUDA_MOVE_TILE - 1) / KVG_CUDA_MOVE_TILE;
+		done[row] += kept;
 	}
+	ret->move_rows = own(bench, eviction, sizeof(rows), rows);
+}
+
+/* All survivors go to new blocks, in one step and in many. */
+static bool plan(struct gpu_bench *bench, struct eviction *eviction)
+{
+	static uint32_t ids[ROWS][BLOCKS];
+	uint32_t done[ROWS] = {0}, taken = 0;
+	struct kvg_cuda_moves whole;
+
+	if (!mark_once(bench, eviction))
+		return false;
 	eviction->moves = (struct kvg_cuda_moves){.rows = ROWS,
-		.tiles = tiles,
-		.move_rows = own(bench, eviction, sizeof(eviction->move_rows), eviction->move_rows),
 		.src_ids = eviction->rows.ids,
-		.dst_ids = own(bench, eviction, sizeof(ids), ids),
 		.src_cap = BLOCKS,
 		.dst_cap = BLOCKS,
 		.lists = eviction->lists};
+	plan_step(bench, eviction, 0, CHUNKS, done, &whole);
+	for (uint32_t row = 0; row < ROWS; row++) {
+		eviction->survivors += done[row];
+		for (uint32_t i = 0; i * KVG_CUDA_PLACES < done[row]; i++)
+			ids[row][i] = block_id(36 * EXTENT_IDS / 2 + taken++);
+		done[row] = 0;
+	}
+	whole.dst_ids = eviction->moves.dst_ids = own(bench, eviction, sizeof(ids), ids);
+	for (uint32_t i = 0; i < STEPS; i++)
+		plan_step(bench, eviction, i * STEP, (i + 1) * STEP < CHUNKS ? (i + 1) * STEP : CHUNKS, done,
+			&eviction->steps[i]);
+	eviction->moves = whole;
 	return !bench->failed && taken <= (EXTENTS - 36) * EXTENT_IDS / 2;
 }
 
@@ -245,6 +294,10 @@ static void measure_rows(struct gpu_bench *bench, struct eviction *eviction)
 			.floor = "each survivor read once, written once",
 			.first_us = 500,
 			.then_us = 400});
+	measure_row(bench, eviction, move_in_steps, (double)eviction->survivors * 2 * (2 * PAIR_BYTES + 8),
+		(struct gpu_row){.id = "evict-moves-30-steps",
+			.work = "the same in 16 launches, 8 stripes in each",
+			.floor = "each survivor read once, written once"});
 	measure_row(bench, eviction, gather, pairs * 12,
 		(struct gpu_row){.id = "evict-gather-scores",
 			.work = "candidates' scores in order, 36 x 8 x 16000",

@@ -1,8 +1,10 @@
 /*
  * kvgate-bench insitu: what scoring and eviction cost a worker that decodes. The worker runs the products of an 8B
  * model and attention over kvgate's tables, a CUDA graph for each step; in every second round its rows are
- * also gathered and staged, and all sequences are evicted to their budget, every 128 tokens. Both kinds of round read
- * rows of the same lengths: in those without, the counters of appended tokens are set back every 128 tokens.
+ * also gathered and staged, and each sequence is evicted to its budget every 128 tokens. Events of different sequences
+ * are spread over the steps, and a sequence sits out the steps that its own takes, as in an engine with continuous
+ * batching; with --together all have theirs at once, and the step waits. Both kinds of round read rows of the same
+ * lengths: in those without, the counters of appended tokens are set back every 128 tokens.
  */
 #include "tools/bench/insitu.h"
 
@@ -14,34 +16,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "proto/size.h"
 #include "tools/bench/bench.h"
-#include "tools/bench/insitu_worker.h"
+#include "tools/bench/insitu_run.h"
 
-#define EVENT      128u  /* tokens between evictions */
-#define BUDGET     2048u /* pairs of a head, on average */
-#define ROUNDS     5u
-#define ROUNDS_MAX 64u
-#define EVENTS     2u /* of a round */
-#define SEQUENCES  256u
-
-struct insitu {
-	struct rig rig;
-	struct rig_options options;
-	uint32_t rounds, events;
-	uint64_t seq[SEQUENCES];
-	uint32_t pos; /* of every sequence */
-	CUdeviceptr slots, rows;
-	uint32_t row_bytes;
-	CUgraphExec graphs[2];        /* without and with */
-	double tokens[2][ROUNDS_MAX]; /* a second */
-	uint64_t pairs_dropped;
-	double submit_ms, event_ms; /* of one event alone on an idle device: handed over, and done */
-};
-
-static const struct kvg_cuda_driver *driver(const struct insitu *s)
-{
-	return s->rig.synthetic->cuda->driver;
-}
+#define ROUNDS 5u
+#define EVENTS 2u /* of a round */
 
 static const uint32_t *slots(const struct insitu *s)
 {
@@ -59,7 +39,7 @@ static struct synthetic_gather_args gather_args(const struct insitu *s)
 		.source_layer = model_hidden(model, 1) - model_hidden(model, 0),
 		.source_row = MODEL_HIDDEN * 2,
 		.source_rows = model_hidden_rows(model),
-		.capacity = EVENT,
+		.capacity = INSITU_EVENT,
 		.row_bytes = s->row_bytes,
 		.to = (uint8_t *)(uintptr_t)s->rows};
 
@@ -111,31 +91,21 @@ static int capture(struct insitu *s, bool with)
 {
 	CUstream stream = s->rig.synthetic->stream;
 	CUgraph graph = NULL;
-	CUresult result = driver(s)->cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_RELAXED);
+	CUresult result = insitu_driver(s)->cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_RELAXED);
 	int r = rig_driver(&s->rig, result, "capture");
 
 	if (r < 0)
 		return r;
 	r = enqueue_step(s, with);
-	result = driver(s)->cuStreamEndCapture(stream, &graph);
+	result = insitu_driver(s)->cuStreamEndCapture(stream, &graph);
 	if (r == 0 && result == CUDA_SUCCESS)
-		result = driver(s)->cuGraphInstantiate(&s->graphs[with], graph, 0);
+		result = insitu_driver(s)->cuGraphInstantiate(&s->graphs[with], graph, 0);
 	if (graph)
-		(void)driver(s)->cuGraphDestroy(graph);
+		(void)insitu_driver(s)->cuGraphDestroy(graph);
 	return r < 0 ? r : rig_driver(&s->rig, result, "graph");
 }
 
 /* ---- the sequences ---- */
-
-static int set_counters(struct insitu *s, uint32_t value)
-{
-	CUresult result = CUDA_SUCCESS;
-
-	for (uint32_t i = 0; result == CUDA_SUCCESS && i < s->options.sequences; i++)
-		result = driver(s)->cuMemsetD32Async((CUdeviceptr)(uintptr_t)&s->rig.view.appended[(uint32_t)s->seq[i]],
-			value, 1, s->rig.synthetic->stream);
-	return rig_driver(&s->rig, result, "counter");
-}
 
 struct prompt {
 	CUdeviceptr k, v, slots, index;
@@ -143,10 +113,10 @@ struct prompt {
 
 static int upload(struct insitu *s, const uint32_t *words, uint32_t count, CUdeviceptr *ret)
 {
-	CUresult result = driver(s)->cuMemAlloc(ret, count * sizeof(*words));
+	CUresult result = insitu_driver(s)->cuMemAlloc(ret, count * sizeof(*words));
 
 	if (result == CUDA_SUCCESS)
-		result = driver(s)->cuMemcpyHtoD(*ret, words, count * sizeof(*words));
+		result = insitu_driver(s)->cuMemcpyHtoD(*ret, words, count * sizeof(*words));
 	return rig_driver(&s->rig, result, "upload");
 }
 
@@ -154,12 +124,13 @@ static int append_prompt(struct insitu *s, uint32_t sequence, struct prompt *pro
 {
 	struct rig *rig = &s->rig;
 	int r = rig_driver(rig,
-		driver(s)->cuMemsetD32Async(prompt->slots, (uint32_t)s->seq[sequence], BUDGET, rig->synthetic->stream),
+		insitu_driver(s)->cuMemsetD32Async(
+			prompt->slots, (uint32_t)s->sequences[sequence].seq, INSITU_BUDGET, rig->synthetic->stream),
 		"slots");
 
 	for (uint32_t layer = 0; r == 0 && layer < s->options.layers; layer++)
 		r = rig_client(rig,
-			kvg_cuda_append(rig->client, layer, BUDGET, (const uint32_t *)(uintptr_t)prompt->slots,
+			kvg_cuda_append(rig->client, layer, INSITU_BUDGET, (const uint32_t *)(uintptr_t)prompt->slots,
 				(const uint32_t *)(uintptr_t)prompt->index, (const void *)(uintptr_t)prompt->k,
 				MODEL_KV, (const void *)(uintptr_t)prompt->v, MODEL_KV),
 			"append");
@@ -171,51 +142,53 @@ static int begin_sequence(struct insitu *s, uint32_t sequence, struct prompt *pr
 {
 	const struct kvg_policy policy = {.ratio = 1,
 		.mode = KVG_MODE_OFF,
-		.context_tokens = BUDGET,
-		.max_new_tokens = s->options.max_tokens - BUDGET,
-		.budget = BUDGET};
+		.context_tokens = INSITU_BUDGET,
+		.max_new_tokens = s->options.max_tokens - INSITU_BUDGET,
+		.budget = INSITU_BUDGET};
 	struct rig *rig = &s->rig;
-	int r = rig_client(rig, kvg_create(rig->client, &policy, &s->seq[sequence]), "create");
+	int r = rig_client(rig, kvg_create(rig->client, &policy, &s->sequences[sequence].seq), "create");
 
 	if (r == 0)
-		r = rig_client(rig, kvg_reserve(rig->client, s->seq[sequence], BUDGET), "reserve");
+		r = rig_client(rig, kvg_reserve(rig->client, s->sequences[sequence].seq, INSITU_BUDGET), "reserve");
 	if (r == 0)
 		r = append_prompt(s, sequence, prompt);
 	if (r == 0)
-		r = rig_stage_scores(rig, s->seq[sequence], s->options.layers, 0, BUDGET, random);
+		r = rig_stage_scores(rig, s->sequences[sequence].seq, s->options.layers, 0, INSITU_BUDGET, random);
 	if (r == 0)
-		r = rig_client(rig, kvg_commit(rig->client, s->seq[sequence], BUDGET), "commit");
+		r = rig_client(rig, kvg_commit(rig->client, s->sequences[sequence].seq, INSITU_BUDGET), "commit");
 	if (r == 0)
-		r = rig_client(rig, kvg_evict(rig->client, s->seq[sequence], KVG_EVICT_DECODE, NULL), "evict");
+		r = rig_client(
+			rig, kvg_evict(rig->client, s->sequences[sequence].seq, KVG_EVICT_DECODE, NULL), "evict");
 	if (r == 0)
-		r = rig_client(rig, kvg_reserve(rig->client, s->seq[sequence], EVENT), "reserve");
+		r = rig_client(rig, kvg_reserve(rig->client, s->sequences[sequence].seq, INSITU_EVENT), "reserve");
 	return r;
 }
 
 static int begin_sequences(struct insitu *s)
 {
-	uint32_t numbers[BUDGET > SEQUENCES ? BUDGET : SEQUENCES];
-	struct prompt prompt = {.k = model_random_kv(s->rig.model, BUDGET), .v = model_random_kv(s->rig.model, BUDGET)};
+	uint32_t numbers[INSITU_BUDGET > INSITU_SEQUENCES ? INSITU_BUDGET : INSITU_SEQUENCES];
+	struct prompt prompt = {
+		.k = model_random_kv(s->rig.model, INSITU_BUDGET), .v = model_random_kv(s->rig.model, INSITU_BUDGET)};
 	uint64_t random = 1;
 	int r = prompt.k && prompt.v ? 0 : -ENOMEM;
 
-	for (uint32_t i = 0; i < BUDGET; i++)
+	for (uint32_t i = 0; i < INSITU_BUDGET; i++)
 		numbers[i] = i;
 	if (r == 0)
-		r = upload(s, numbers, BUDGET, &prompt.index);
+		r = upload(s, numbers, INSITU_BUDGET, &prompt.index);
 	if (r == 0)
-		r = upload(s, numbers, BUDGET, &prompt.slots);
+		r = upload(s, numbers, INSITU_BUDGET, &prompt.slots);
 	for (uint32_t i = 0; r == 0 && i < s->options.sequences; i++) {
 		r = begin_sequence(s, i, &prompt, &random);
-		numbers[i] = (uint32_t)s->seq[i];
+		s->sequences[i].pos = INSITU_BUDGET;
+		numbers[i] = (uint32_t)s->sequences[i].seq;
 	}
-	s->pos = BUDGET;
 	if (r == 0)
 		r = upload(s, numbers, s->options.sequences, &s->slots);
-	(void)driver(s)->cuMemFree(prompt.k);
-	(void)driver(s)->cuMemFree(prompt.v);
-	(void)driver(s)->cuMemFree(prompt.index);
-	(void)driver(s)->cuMemFree(prompt.slots);
+	(void)insitu_driver(s)->cuMemFree(prompt.k);
+	(void)insitu_driver(s)->cuMemFree(prompt.v);
+	(void)insitu_driver(s)->cuMemFree(prompt.index);
+	(void)insitu_driver(s)->cuMemFree(prompt.slots);
 	return r;
 }
 
@@ -227,116 +200,11 @@ static int make_rows(struct insitu *s)
 	int r;
 
 	s->row_bytes = (s->options.wide ? MODEL_GATE : MODEL_HIDDEN) * 2;
-	size = (uint64_t)s->options.sequences * s->options.layers * EVENT * s->row_bytes;
-	r = rig_driver(&s->rig, driver(s)->cuMemAlloc(&s->rows, size), "rows");
+	size = (uint64_t)s->options.sequences * s->options.layers * INSITU_EVENT * s->row_bytes;
+	r = rig_driver(&s->rig, insitu_driver(s)->cuMemAlloc(&s->rows, size), "rows");
 	if (r == 0)
 		r = rig_client(&s->rig, kvg_import_buffer(s->rig.client, (const void *)(uintptr_t)s->rows, size, &id),
 			"import");
-	return r;
-}
-
-/* ---- an event: everything since the last one is scored, and the sequences go back to their budget ---- */
-
-static int begin_event(struct insitu *s, uint32_t sequence)
-{
-	struct kvg_client *client = s->rig.client;
-	uint64_t seq = s->seq[sequence], layer_stride = (uint64_t)EVENT * s->row_bytes;
-	const void *rows = (const void *)(uintptr_t)(s->rows + sequence * s->options.layers * layer_stride);
-	int r = kvg_commit(client, seq, EVENT);
-
-	if (r == 0)
-		r = kvg_stage_device(client, seq, s->options.wide ? KVG_STAGE_PREACT : KVG_STAGE_HIDDEN, 0,
-			s->options.layers, s->pos, EVENT, rows, layer_stride);
-	if (r == 0)
-		r = kvg_evict_async(client, seq, KVG_EVICT_DECODE);
-	if (r == 0)
-		r = kvg_reserve_async(client, seq, EVENT);
-	return rig_client(&s->rig, r, "event");
-}
-
-static int finish_event(struct insitu *s, uint32_t sequence)
-{
-	struct kvg_evict_result result;
-	int r = kvg_evict_finish(s->rig.client, s->seq[sequence], &result);
-
-	if (r == 0)
-		r = kvg_reserve_finish(s->rig.client, s->seq[sequence]);
-	if (r == 0)
-		s->pairs_dropped += result.pairs_dropped;
-	return rig_client(&s->rig, r, "end of an event");
-}
-
-static int event(struct insitu *s)
-{
-	int r = 0;
-
-	for (uint32_t i = 0; r == 0 && i < s->options.sequences; i++)
-		r = begin_event(s, i);
-	s->submit_ms = 1e3 * service_seconds();
-	for (uint32_t i = 0; r == 0 && i < s->options.sequences; i++)
-		r = finish_event(s, i);
-	s->pos += EVENT;
-	return r;
-}
-
-/* ---- rounds ---- */
-
-static int run_round(struct insitu *s, bool with, uint32_t events, double *ret)
-{
-	CUstream stream = s->rig.synthetic->stream;
-	CUresult result = driver(s)->cuStreamSynchronize(stream);
-	double start = service_seconds();
-	int r = 0;
-
-	for (uint32_t i = 0; r == 0 && i < events; i++) {
-		for (uint32_t step = 0; result == CUDA_SUCCESS && step < EVENT; step++)
-			result = driver(s)->cuGraphLaunch(s->graphs[with], stream);
-		r = rig_driver(&s->rig, result, "step");
-		if (r == 0)
-			r = with ? event(s) : set_counters(s, 0);
-	}
-	if (r == 0)
-		r = rig_driver(&s->rig, driver(s)->cuStreamSynchronize(stream), "round");
-	*ret = events * EVENT * s->options.sequences / (service_seconds() - start);
-	return r;
-}
-
-static int measure(struct insitu *s)
-{
-	double unused;
-	int r = run_round(s, false, 1, &unused);
-
-	if (r == 0)
-		r = run_round(s, true, 1, &unused);
-	s->pairs_dropped = 0;
-	for (uint32_t i = 0; r == 0 && i < s->rounds; i++) {
-		bool first = i % 2; /* neither always comes after the other */
-
-		r = run_round(s, first, s->events, &s->tokens[first][i]);
-		if (r == 0)
-			r = run_round(s, !first, s->events, &s->tokens[!first][i]);
-	}
-	return r;
-}
-
-/* What an event takes by itself, which is what the rounds' difference comes from. */
-static int measure_event(struct insitu *s)
-{
-	CUstream stream = s->rig.synthetic->stream;
-	CUresult result = CUDA_SUCCESS;
-	double start;
-	int r;
-
-	for (uint32_t step = 0; result == CUDA_SUCCESS && step < EVENT; step++)
-		result = driver(s)->cuGraphLaunch(s->graphs[1], stream);
-	if (result == CUDA_SUCCESS)
-		result = driver(s)->cuStreamSynchronize(stream);
-	r = rig_driver(&s->rig, result, "step");
-	start = 1e3 * service_seconds();
-	if (r == 0)
-		r = event(s);
-	s->submit_ms -= start;
-	s->event_ms = 1e3 * service_seconds() - start;
 	return r;
 }
 
@@ -350,13 +218,13 @@ static int run(struct insitu *s)
 		r = make_rows(s);
 	if (r == 0)
 		r = enqueue_step(s, true); /* loads what is loaded late */
+	for (uint32_t i = 0; r == 0 && i < s->options.sequences; i++)
+		r = insitu_set_counter(s, i, 0);
+	for (int i = 0; r == 0 && i < 2; i++)
+		r = capture(s, i != 0);
 	if (r == 0)
-		r = set_counters(s, 0);
-	for (int with = 0; r == 0 && with < 2; with++)
-		r = capture(s, with != 0);
-	if (r == 0)
-		r = measure(s);
-	return r == 0 ? measure_event(s) : r;
+		r = rig_driver(&s->rig, insitu_driver(s)->cuEventCreate(&s->step, CU_EVENT_DISABLE_TIMING), "event");
+	return r == 0 ? insitu_rounds(s) : r;
 }
 
 /* ---- the report ---- */
@@ -370,7 +238,7 @@ static int compare(const void *left, const void *right)
 
 static double median(const double *values, uint32_t count)
 {
-	double sorted[ROUNDS_MAX];
+	double sorted[INSITU_ROUNDS_MAX];
 
 	memcpy(sorted, values, count * sizeof(*values));
 	qsort(sorted, count, sizeof(*sorted), compare);
@@ -389,16 +257,21 @@ static json_t *array(const double *values, uint32_t count)
 static void report(const struct insitu *s)
 {
 	double without = median(s->tokens[0], s->rounds), with = median(s->tokens[1], s->rounds);
-	json_t *json =
-		json_pack("{s:s, s:s, s:b, s:i, s:s, s:i, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f, s:I, s:o, s:o}",
-			"device", s->rig.status.device, "driver", s->rig.status.driver, "mps", s->rig.status.mps,
-			"sequences", (int)s->options.sequences, "stage", s->options.wide ? "preact" : "hidden",
-			"budget", (int)BUDGET, "event_tokens", (int)EVENT, "events", (int)s->events, "layers",
-			(int)s->options.layers, "tokens_per_second_without", without, "tokens_per_second_with", with,
-			"loss_percent", 100 * (1 - with / without), "event_submit_ms", s->submit_ms, "event_ms",
-			s->event_ms, "pairs_dropped", (json_int_t)s->pairs_dropped, "rounds_without",
-			array(s->tokens[0], s->rounds), "rounds_with", array(s->tokens[1], s->rounds));
+	double events = (double)(s->evictions ? s->evictions : 1);
+	json_t *json = json_pack("{s:s, s:s, s:b, s:i, s:b, s:s, s:i, s:i, s:i, s:i}", "device", s->rig.status.device,
+		"driver", s->rig.status.driver, "mps", s->rig.status.mps, "sequences", (int)s->options.sequences,
+		"together", s->together, "stage", s->options.wide ? "preact" : "hidden", "budget", (int)INSITU_BUDGET,
+		"event_tokens", (int)INSITU_EVENT, "events", (int)s->events, "layers", (int)s->options.layers);
+	json_t *results = json_pack("{s:f, s:f, s:f, s:I, s:f, s:f, s:f, s:o, s:o}", "tokens_per_second_without",
+		without, "tokens_per_second_with", with, "loss_percent", 100 * (1 - with / without), "evictions",
+		(json_int_t)s->evictions, "event_ms",
+		1e3 * s->away_seconds / (s->together ? events / s->options.sequences : events),
+		"steps_sat_out_an_event", (double)s->sat_out / events, "pairs_dropped_an_event",
+		(double)s->pairs_dropped / events, "rounds_without", array(s->tokens[0], s->rounds), "rounds_with",
+		array(s->tokens[1], s->rounds));
 
+	(void)json_object_update(json, results);
+	json_decref(results);
 	(void)json_dumpf(json, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(6));
 	(void)fputc('\n', stdout);
 	json_decref(json);
@@ -409,18 +282,20 @@ static void report(const struct insitu *s)
 static int parse(int argc, char **argv, struct insitu *s)
 {
 	static const struct option options[] = {{"sequences", required_argument, NULL, 'n'},
-		{"mps", no_argument, NULL, 'm'}, {"preact", no_argument, NULL, 'p'},
-		{"rounds", required_argument, NULL, 'r'}, {"events", required_argument, NULL, 'e'},
-		{"layers", required_argument, NULL, 'l'}, {"extent", required_argument, NULL, 'x'},
-		{"device", required_argument, NULL, 'd'}, {"kvgated", required_argument, NULL, 'g'},
-		{NULL, 0, NULL, 0}};
+		{"mps", no_argument, NULL, 'm'}, {"together", no_argument, NULL, 't'},
+		{"preact", no_argument, NULL, 'p'}, {"rounds", required_argument, NULL, 'r'},
+		{"events", required_argument, NULL, 'e'}, {"layers", required_argument, NULL, 'l'},
+		{"extent", required_argument, NULL, 'x'}, {"device", required_argument, NULL, 'd'},
+		{"kvgated", required_argument, NULL, 'g'}, {NULL, 0, NULL, 0}};
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", options, NULL)) >= 0) {
 		if (option == 'n')
 			s->options.sequences = (uint32_t)strtoul(optarg, NULL, 10);
 		else if (option == 'm')
-			s->options.mps = true;
+			s->mps = true;
+		else if (option == 't')
+			s->together = true;
 		else if (option == 'p')
 			s->options.wide = true;
 		else if (option == 'r')
@@ -429,6 +304,8 @@ static int parse(int argc, char **argv, struct insitu *s)
 			s->events = (uint32_t)strtoul(optarg, NULL, 10);
 		else if (option == 'l')
 			s->options.layers = (uint32_t)strtoul(optarg, NULL, 10);
+		else if (option == 'x' && kvg_size_parse(optarg, &s->options.extent) == 0)
+			continue;
 		else if (option == 'd')
 			s->options.device = (int)strtol(optarg, NULL, 10);
 		else if (option == 'g')
@@ -436,8 +313,8 @@ static int parse(int argc, char **argv, struct insitu *s)
 		else
 			return BENCH_USAGE;
 	}
-	if (optind == argc && s->options.sequences >= 1 && s->options.sequences <= SEQUENCES && s->rounds >= 1 &&
-		s->rounds <= ROUNDS_MAX && s->events >= 1 && s->options.layers >= 2 &&
+	if (optind == argc && s->options.sequences >= 1 && s->options.sequences <= INSITU_SEQUENCES && s->rounds >= 1 &&
+		s->rounds <= INSITU_ROUNDS_MAX && s->events >= 1 && s->options.layers >= 2 &&
 		s->options.layers <= MODEL_LAYERS)
 		return BENCH_OK;
 	return BENCH_USAGE;
@@ -448,9 +325,19 @@ static void derive(struct insitu *s)
 	uint64_t pair = (uint64_t)s->options.layers * MODEL_HEADS * MODEL_DIM * 2 * 2;
 
 	s->options.rows = s->options.sequences;
-	s->options.max_tokens = BUDGET + (s->rounds * s->events + 4) * EVENT;
+	s->options.max_tokens = INSITU_BUDGET + (s->rounds * s->events + 4) * INSITU_EVENT;
 	/* The budget, a stripe of new tokens, spare ones for moves, and what is left over in extents. */
-	s->options.pool = ((uint64_t)1 << 30) + s->options.sequences * (BUDGET + 8 * EVENT) * pair;
+	s->options.pool = ((uint64_t)1 << 30) + s->options.sequences * (INSITU_BUDGET + 8 * INSITU_EVENT) * pair;
+}
+
+static int run_and_report(void *user)
+{
+	struct insitu *s = user;
+	int r = run(s);
+
+	if (r == 0)
+		report(s);
+	return rig_close(&s->rig) < 0 ? -EIO : r;
 }
 
 int bench_insitu(int argc, char **argv)
@@ -463,18 +350,16 @@ int bench_insitu(int argc, char **argv)
 	*s = (struct insitu){.options = {.layers = MODEL_LAYERS, .sequences = 1}, .rounds = ROUNDS, .events = EVENTS};
 	if (parse(argc, argv, s) != BENCH_OK) {
 		(void)fprintf(stderr,
-			"usage: kvgate-bench insitu [--sequences 1..%u] [--mps] [--preact] [--rounds N] [--events N]\n"
-			"                           [--layers 2..%u] [--device N] [--kvgated PROGRAM]\n",
-			SEQUENCES, MODEL_LAYERS);
+			"usage: kvgate-bench insitu [--sequences 1..%u] [--mps] [--together] [--preact] [--rounds N] "
+			"[--events N]\n"
+			"                           [--layers 2..%u] [--extent SIZE] [--device N] [--kvgated "
+			"PROGRAM]\n",
+			INSITU_SEQUENCES, MODEL_LAYERS);
 		free(s);
 		return BENCH_USAGE;
 	}
 	derive(s);
-	r = run(s);
-	if (r == 0)
-		report(s);
-	if (rig_close(&s->rig) < 0)
-		r = -EIO;
+	r = rig_run(s->mps, run_and_report, s);
 	free(s);
 	return r < 0 ? BENCH_FAIL : BENCH_OK;
 }

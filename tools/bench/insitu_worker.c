@@ -1,9 +1,12 @@
 #include "tools/bench/insitu_worker.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define STAGING ((uint64_t)32 << 20)
@@ -25,32 +28,51 @@ int rig_driver(const struct rig *rig, CUresult result, const char *what)
 /* ---- MPS ---- */
 
 /* A control daemon of our own: processes that inherit these variables are its server's clients. */
-static int start_mps(struct rig *rig)
+static int start_mps(char dir[SERVICE_PATH])
 {
-	(void)snprintf(rig->mps_dir, sizeof(rig->mps_dir), "/tmp/kvgate-mps.XXXXXX");
-	if (!mkdtemp(rig->mps_dir))
+	(void)snprintf(dir, SERVICE_PATH, "/tmp/kvgate-mps.XXXXXX");
+	if (!mkdtemp(dir))
 		return -errno;
-	(void)setenv("CUDA_MPS_PIPE_DIRECTORY", rig->mps_dir, 1);
-	(void)setenv("CUDA_MPS_LOG_DIRECTORY", rig->mps_dir, 1);
-	if (system("nvidia-cuda-mps-control -d") != 0) {
-		(void)fprintf(stderr, "kvgate-bench: nvidia-cuda-mps-control does not start\n");
-		return -ENOENT;
-	}
-	rig->mps = true;
-	return 0;
+	(void)setenv("CUDA_MPS_PIPE_DIRECTORY", dir, 1);
+	(void)setenv("CUDA_MPS_LOG_DIRECTORY", dir, 1);
+	if (system("nvidia-cuda-mps-control -d </dev/null >/dev/null 2>&1") == 0)
+		return 0;
+	(void)fprintf(stderr, "kvgate-bench: nvidia-cuda-mps-control does not start\n");
+	return -ENOENT;
 }
 
-static void stop_mps(struct rig *rig)
+static void stop_mps(const char *dir)
 {
 	char command[SERVICE_PATH + 16];
 
-	if (rig->mps && system("echo quit | nvidia-cuda-mps-control >/dev/null 2>&1") != 0)
+	if (system("echo quit -t 10 | nvidia-cuda-mps-control >/dev/null 2>&1") != 0)
 		(void)fprintf(stderr, "kvgate-bench: the MPS server did not end\n");
-	(void)snprintf(command, sizeof(command), "rm -rf -- '%s'", rig->mps_dir);
-	if (rig->mps_dir[0])
-		(void)!system(command);
+	(void)snprintf(command, sizeof(command), "rm -rf -- '%s'", dir);
+	(void)!system(command);
 	(void)unsetenv("CUDA_MPS_PIPE_DIRECTORY");
 	(void)unsetenv("CUDA_MPS_LOG_DIRECTORY");
+}
+
+int rig_run(bool mps, int (*run)(void *user), void *user)
+{
+	char dir[SERVICE_PATH];
+	int status = 0, r = mps ? start_mps(dir) : 0;
+	pid_t pid;
+
+	if (!mps || r < 0)
+		return r < 0 ? r : run(user);
+	(void)fflush(NULL);
+	pid = fork();
+	if (pid == 0) {
+		(void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+		r = run(user);
+		(void)fflush(NULL);
+		_exit(r < 0);
+	}
+	if (pid < 0 || waitpid(pid, &status, 0) != pid || !WIFEXITED(status) || WEXITSTATUS(status))
+		r = -ECHILD;
+	stop_mps(dir);
+	return r;
 }
 
 /* ---- the parts ---- */
@@ -125,10 +147,8 @@ int rig_open(struct rig *rig, const struct rig_options *options)
 {
 	int r;
 
-	*rig = (struct rig){.mps = false};
-	r = options->mps ? start_mps(rig) : 0;
-	if (r == 0)
-		r = start_service(rig, options);
+	*rig = (struct rig){.client = NULL};
+	r = start_service(rig, options);
 	if (r == 0)
 		r = synthetic_open(options->device, &rig->synthetic);
 	if (r == 0)
@@ -140,16 +160,12 @@ int rig_open(struct rig *rig, const struct rig_options *options)
 
 int rig_close(struct rig *rig)
 {
-	int r;
-
 	if (rig->synthetic)
 		(void)rig->synthetic->cuda->driver->cuStreamSynchronize(rig->synthetic->stream);
 	rig->model = model_free(rig->model);
 	rig->client = kvg_close(rig->client);
 	rig->synthetic = synthetic_close(rig->synthetic);
-	r = service_stop(&rig->service);
-	stop_mps(rig);
-	return r;
+	return service_stop(&rig->service);
 }
 
 int rig_stage_scores(struct rig *rig, uint64_t seq, uint32_t layers, uint32_t pos, uint32_t count, uint64_t *random)

@@ -15,7 +15,6 @@
 struct rig_options {
 	const char *kvgated; /* NULL: the one beside kvgate-bench */
 	int device;
-	bool mps;
 	bool wide; /* see model_new() */
 	uint32_t layers, sequences, rows;
 	uint32_t max_tokens;
@@ -29,15 +28,20 @@ struct rig {
 	struct kvg_client *client;
 	struct model *model;
 	struct kvg_view view;
-	bool mps; /* a server of ours */
-	char mps_dir[SERVICE_PATH];
 };
 
 /*
- * Starts MPS if asked to, the daemon, the device, the client with its gate, and the model. 0 or a negative errno with a
- * line on standard error; rig_close() in any case.
+ * Starts the daemon, the device, the client with its gate, and the model. 0 or a negative errno with a line on standard
+ * error; rig_close() in any case.
  */
 int rig_open(struct rig *rig, const struct rig_options *options);
+
+/*
+ * Calls run(user), with mps in a child process whose descendants and itself are clients of an MPS server that is
+ * started before and ended after: a server ends when its clients have. Returns what run() does, from a child only
+ * whether it was negative.
+ */
+int rig_run(bool mps, int (*run)(void *user), void *user);
 
 /* Ends it all. Negative when the daemon did not end as it should. */
 int rig_close(struct rig *rig);

@@ -101,7 +101,8 @@ extern "C" __global__ void synthetic_check(content_kv kv, uint64_t tag, uint32_t
 /* Grid (sequences, layers): one row of each to the place that the sequence's counter says. */
 extern "C" __global__ void synthetic_gather(synthetic_gather_args a)
 {
-	uint32_t sequence = blockIdx.x, layer = blockIdx.y, step = a.appended[a.slots[sequence]];
+	uint32_t sequence = blockIdx.x, layer = blockIdx.y, slot = a.slots[sequence];
+	uint32_t step = slot == UINT32_MAX ? a.capacity : a.appended[slot];
 	uint32_t from = a.source_rows ? (sequence * 131 + step * 17) % a.source_rows : sequence;
 	const uint8_t *source = a.source + layer * a.source_layer + from * a.source_row;
 	uint8_t *to = a.to + (((uint64_t)sequence * gridDim.y + layer) * a.capacity + step) * a.row_bytes;

@@ -32,7 +32,7 @@ CUresult synthetic_check(const struct synthetic *synthetic, const struct content
  * What an engine does in each decode step to have rows scored later: one row for each sequence and layer is copied to
  * [sequence][layer][capacity][row_bytes] of `to`, at place appended[slot]. Layers of the source are source_layer
  * bytes apart and rows source_row; with source_rows the row is another one in each step, otherwise it is
- * the sequence's number. 16-byte alignment.
+ * the sequence's number. 16-byte alignment. A slot of UINT32_MAX has no row.
  */
 CUresult synthetic_gather(const struct synthetic *synthetic, const struct synthetic_gather_args *args,
 	uint32_t sequences, uint32_t layers);

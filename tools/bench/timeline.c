@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "proto/size.h"
 #include "tools/bench/bench.h"
 #include "tools/bench/insitu_worker.h"
 
@@ -39,7 +40,9 @@ enum stamp { BEGIN, END, SCORED, EVICTED, STAMPS };
 struct timeline {
 	struct rig rig;
 	struct rig_options options;
+	bool mps;
 	uint32_t chunk;
+	const char *json, *svg; /* where to write; NULL: standard output, nowhere */
 	uint64_t seq;
 	CUdeviceptr stamps;         /* uint64 [CHUNKS][STAMPS] */
 	CUdeviceptr slots, index;   /* of a chunk's tokens */
@@ -407,26 +410,28 @@ static int write_svg(const struct timeline *t, const char *path)
 
 /* ---- the command ---- */
 
-static int parse(int argc, char **argv, struct timeline *t, const char **ret_json, const char **ret_svg)
+static int parse(int argc, char **argv, struct timeline *t)
 {
 	static const struct option options[] = {{"json", required_argument, NULL, 'j'},
 		{"svg", required_argument, NULL, 's'}, {"mps", no_argument, NULL, 'm'},
 		{"layers", required_argument, NULL, 'l'}, {"chunk", required_argument, NULL, 'c'},
-		{"device", required_argument, NULL, 'd'}, {"kvgated", required_argument, NULL, 'g'},
-		{NULL, 0, NULL, 0}};
+		{"extent", required_argument, NULL, 'x'}, {"device", required_argument, NULL, 'd'},
+		{"kvgated", required_argument, NULL, 'g'}, {NULL, 0, NULL, 0}};
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", options, NULL)) >= 0) {
 		if (option == 'j')
-			*ret_json = strcmp(optarg, "-") == 0 ? NULL : optarg;
+			t->json = strcmp(optarg, "-") == 0 ? NULL : optarg;
 		else if (option == 's')
-			*ret_svg = optarg;
+			t->svg = optarg;
 		else if (option == 'm')
-			t->options.mps = true;
+			t->mps = true;
 		else if (option == 'l')
 			t->options.layers = (uint32_t)strtoul(optarg, NULL, 10);
 		else if (option == 'c')
 			t->chunk = (uint32_t)strtoul(optarg, NULL, 10);
+		else if (option == 'x' && kvg_size_parse(optarg, &t->options.extent) == 0)
+			continue;
 		else if (option == 'd')
 			t->options.device = (int)strtol(optarg, NULL, 10);
 		else if (option == 'g')
@@ -448,16 +453,29 @@ static int judge(const struct timeline *t)
 	return -EIO;
 }
 
+static int record_and_report(void *user)
+{
+	struct timeline *t = user;
+	int r = record(t);
+
+	if (r == 0)
+		r = write_json(t, t->json);
+	if (r == 0 && t->svg)
+		r = write_svg(t, t->svg);
+	if (r == 0)
+		r = judge(t);
+	return rig_close(&t->rig) < 0 ? -EIO : r;
+}
+
 int bench_timeline(int argc, char **argv)
 {
 	struct timeline t = {.options = {.layers = MODEL_LAYERS, .sequences = 1}, .chunk = CHUNK};
-	const char *json = NULL, *svg = NULL;
-	int r;
 
-	if (parse(argc, argv, &t, &json, &svg) != BENCH_OK) {
+	if (parse(argc, argv, &t) != BENCH_OK) {
 		(void)fprintf(stderr,
 			"usage: kvgate-bench timeline [--json FILE|-] [--svg FILE] [--mps] [--layers 2..%u]\n"
-			"                             [--chunk 256..65536] [--device N] [--kvgated PROGRAM]\n",
+			"                             [--chunk 256..65536] [--extent SIZE] [--device N] "
+			"[--kvgated PROGRAM]\n",
 			MODEL_LAYERS);
 		return BENCH_USAGE;
 	}
@@ -465,14 +483,5 @@ int bench_timeline(int argc, char **argv)
 	t.options.max_tokens = CHUNKS * t.chunk + KVG_STRIPE_TOKENS;
 	t.options.pool =
 		((uint64_t)1 << 30) + (uint64_t)t.options.layers * MODEL_HEADS * MODEL_DIM * 4 * (CHUNKS + 1) * t.chunk;
-	r = record(&t);
-	if (r == 0)
-		r = write_json(&t, json);
-	if (r == 0 && svg)
-		r = write_svg(&t, svg);
-	if (r == 0)
-		r = judge(&t);
-	if (rig_close(&t.rig) < 0)
-		r = -EIO;
-	return r < 0 ? BENCH_FAIL : BENCH_OK;
+	return rig_run(t.mps, record_and_report, &t) < 0 ? BENCH_FAIL : BENCH_OK;
 }

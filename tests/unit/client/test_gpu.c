@@ -25,6 +25,8 @@ static struct {
 	CUcontext current;
 	unsigned mapped, allocated, registered, pushed;
 	bool capturing, fail_map;
+	uint64_t *lowered;     /* while the context is waited for */
+	CUresult synchronized; /* then */
 	struct {
 		CUstream stream;
 		const uint64_t *word;
@@ -62,7 +64,15 @@ static CUresult fake_pop(CUcontext *ret)
 
 static CUresult fake_synchronize(void)
 {
-	return CUDA_SUCCESS;
+	uint64_t *word = fake.lowered;
+
+	if (!word)
+		return CUDA_SUCCESS;
+	__atomic_store_n(word, 7, __ATOMIC_RELEASE);
+	for (unsigned i = 0; i < 5000 && __atomic_load_n(word, __ATOMIC_ACQUIRE) == 7; i++)
+		(void)usleep(1000);
+	fake.synchronized = __atomic_load_n(word, __ATOMIC_ACQUIRE) == 7 ? CUDA_ERROR_LAUNCH_TIMEOUT : CUDA_SUCCESS;
+	return fake.synchronized;
 }
 
 static CUresult fake_release_context(CUdevice device)
@@ -684,6 +694,19 @@ static void follows_the_stream(void **state)
 	end(peer, client);
 }
 
+/* The daemon's last write may come when everything has been released already. */
+static void releases_streams_until_they_end(void **state)
+{
+	struct peer *peer = peer_new();
+	struct kvg_client *client = connect_cuda(peer);
+
+	(void)state;
+	fake.lowered = &client->gpu->sync->slots[PEER_SEQUENCES - 1];
+	fake.synchronized = CUDA_ERROR_UNKNOWN;
+	end(peer, client);
+	assert_int_equal(fake.synchronized, CUDA_SUCCESS);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -697,6 +720,7 @@ int main(void)
 		cmocka_unit_test(opens_gates_by_itself),
 		cmocka_unit_test(releases_streams_when_the_daemon_goes),
 		cmocka_unit_test(follows_the_stream),
+		cmocka_unit_test(releases_streams_until_they_end),
 	};
 
 	return runner_run("gpu", tests, sizeof(tests) / sizeof(*tests));

@@ -106,9 +106,11 @@ static void test_addresses(void **state)
 	assert_int_equal(arena_new(f->pool, &layout, &arena), 0);
 	assert_int_equal(arena->extent_size, 81920);
 	assert_int_equal(arena->ids_per_extent, 2 * arena->blocks_per_extent);
-	assert_int_equal(arena->free_count, 10);
-	assert_int_equal(arena->free_slots[9], 0); /* low slots first */
-	for (uint32_t i = 0; i < 10; i++)
+	/* The pool's 10 extents of 64 KiB pay for 8 of these. */
+	assert_int_equal(arena->slots, 8);
+	assert_int_equal(arena->free_count, 8);
+	assert_int_equal(arena->free_slots[7], 0); /* low slots first */
+	for (uint32_t i = 0; i < 8; i++)
 		assert_int_equal(arena->extent_of_slot[i], SLOT_NONE);
 	/* V of the last block of slot 3 ends where slot 4 begins. */
 	last = 3 * arena->ids_per_extent + arena->blocks_per_extent - 1;
@@ -157,6 +159,20 @@ static void test_too_many_blocks(void **state)
 	f->pool->extent_count = 10;
 }
 
+/* An extent that is larger than the whole pool has a place, though nobody can pay for it. */
+static void test_extent_larger_than_the_pool(void **state)
+{
+	struct fixture *f = *state;
+	struct kvg_layout layout = {.model = "m", .group_count = 1};
+	struct arena *arena = NULL;
+
+	layout.groups[0] = group_of(1021, 1021, KVG_F32, KVG_F32);
+	assert_int_equal(arena_new(f->pool, &layout, &arena), 0);
+	assert_true(arena->extent_size > 10 * (64 << 10));
+	assert_int_equal(arena->slots, 1);
+	assert_null(arena_unref(arena));
+}
+
 #define ARENA_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -167,6 +183,7 @@ int main(void)
 		ARENA_TEST(test_addresses),
 		ARENA_TEST(test_addresses_are_the_executors),
 		ARENA_TEST(test_too_many_blocks),
+		ARENA_TEST(test_extent_larger_than_the_pool),
 	};
 
 	return runner_run("arena", tests, sizeof(tests) / sizeof(tests[0]));

@@ -2,7 +2,9 @@
 #include "daemon/memory/pool.h"
 
 #include <errno.h>
+#include <semaphore.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "tests/support/test_kind.h"
@@ -11,6 +13,11 @@
 
 static int creations_left, busy_left, scrubs_left, reservations_left; /* of the faulty kind */
 static int ranges;                                                    /* reserved */
+static int unmap_failures;
+static uint8_t *marks[16];      /* addresses of extents, in the order of their creation */
+static unsigned mark_ticks[16]; /* when */
+static unsigned mark_count;
+static unsigned ticks; /* polls of a job that does nothing else */
 
 static int faulty_create(struct kind *kind, size_t size)
 {
@@ -42,6 +49,22 @@ static void counting_unreserve(struct kind *kind, void *base, size_t size)
 {
 	ranges -= base != NULL;
 	test_kind_host(kind)->unreserve(kind, base, size);
+}
+
+static int faulty_unmap(struct kind *kind, void *at, size_t size)
+{
+	return unmap_failures-- > 0 ? -EIO : test_kind_host(kind)->unmap(kind, at, size);
+}
+
+/* Each takes a slice of time, and leaves its mark. */
+static int slow_map(struct kind *kind, int fd, void *at, size_t size)
+{
+	const struct timespec pause = {.tv_nsec = 600000};
+
+	mark_ticks[mark_count] = ticks;
+	marks[mark_count++] = at;
+	(void)nanosleep(&pause, NULL);
+	return test_kind_host(kind)->map(kind, fd, at, size);
 }
 
 static struct kvg_cuda *some_device(struct kind *kind)
@@ -404,6 +427,132 @@ static void test_no_addresses_for_pairs(void **state)
 	assert_int_equal(ranges, 2);
 }
 
+/* An extent that stays mapped keeps its slot, its bytes and its charge, and is tried again. */
+static void test_failed_unmap(void **state)
+{
+	static const struct loop_poller_ops ops = {.poll = poll_live, .sleep = no_sleep};
+	struct fixture *f = *state;
+
+	create(f, 1);
+	unmap_failures = 2; /* the first attempt, and the retry */
+	f->kind.ops.unmap = faulty_unmap;
+	destroy(f);
+	release_all(f);
+	assert_int_equal(f->pool->live, 1);
+	assert_int_equal(f->account.unreturned, EXTENT);
+	assert_int_equal(f->arena->free_count, f->arena->slots - 1);
+	assert_int_equal(loop_poller_add(f->loop, &ops, f), 0);
+	assert_int_equal(loop_run(f->loop), 0);
+	loop_poller_remove(f->loop, &ops, f);
+	assert_int_equal(f->account.charged, 0);
+	assert_int_equal(f->arena->free_count, f->arena->slots);
+	assert_true(unmap_failures < 0);
+}
+
+struct keeper {
+	struct job job;
+	sem_t go;
+};
+
+static void keep(struct job *job)
+{
+	(void)sem_wait(&list_entry(job, struct keeper, job)->go);
+}
+
+static void kept(struct job *job)
+{
+	(void)job;
+}
+
+static unsigned batches_left;
+
+static void one_done(struct extent_batch *batch)
+{
+	struct fixture *f = batch->user;
+	struct list *node;
+
+	while ((node = list_pop(&batch->extents)))
+		list_add_tail(&f->extents, node);
+	f->status = batch->status < 0 ? batch->status : f->status;
+	(void)extent_batch_free(batch);
+	if (!--batches_left) {
+		f->done = true;
+		loop_stop(f->loop);
+	}
+}
+
+static unsigned mark_of(const struct fixture *f, unsigned slot)
+{
+	unsigned i = 0;
+
+	while (i < mark_count && marks[i] != f->arena->base + slot * f->arena->extent_size)
+		i++;
+	return i;
+}
+
+static void tick_run(struct job *job)
+{
+	(void)job;
+}
+
+static bool tick(struct job *job)
+{
+	(void)job;
+	ticks++;
+	return mark_count == 8;
+}
+
+/* Slices of two batches between which nobody else had a turn. */
+static unsigned crowded(const struct fixture *f)
+{
+	unsigned count = 0;
+
+	for (unsigned i = 1; i < mark_count; i++) {
+		size_t a = (size_t)(marks[i - 1] - f->arena->base) / f->arena->extent_size;
+		size_t b = (size_t)(marks[i] - f->arena->base) / f->arena->extent_size;
+
+		count += (a < 4 ? 0 : a / 2) != (b < 4 ? 0 : b / 2) && mark_ticks[i] == mark_ticks[i - 1];
+	}
+	return count;
+}
+
+/*
+ * Slices of time go round: the last batch does not wait for the end of the first, and other jobs wait for one slice at
+ * a time.
+ */
+static void test_batches_take_turns(void **state)
+{
+	static const uint32_t counts[] = {4, 2, 2};
+	struct fixture *f = *state;
+	struct keeper keeper = {.job = {.run = keep, .done = kept}};
+	struct job ticker = {.run = tick_run, .poll = tick, .done = kept};
+
+	f->kind.ops.map = slow_map;
+	f->status = 0;
+	mark_count = ticks = 0;
+	batches_left = 3;
+	assert_int_equal(sem_init(&keeper.go, 0, 0), 0);
+	executor_submit(f->executor, &keeper.job);
+	executor_submit(f->executor, &ticker);
+	for (unsigned i = 0; i < 3; i++) {
+		struct extent_batch *batch = extent_batch_new(f->pool, one_done, f);
+
+		assert_int_equal(quota_charge(&f->quota, counts[i] * (uint64_t)EXTENT, 0, "x", f->text), 0);
+		assert_int_equal(extent_batch_add_new(batch, f->arena, &f->quota, 3, 4, counts[i]), 0);
+		extent_batch_create(batch);
+	}
+	assert_int_equal(sem_post(&keeper.go), 0);
+	wait_done(f);
+	assert_int_equal(f->status, 0);
+	assert_int_equal(mark_count, 8);
+	assert_true(crowded(f) <= 1); /* the thread itself may be kept from running for a while */
+	assert_true(mark_of(f, 6) < mark_of(f, 3));
+	assert_true(mark_of(f, 4) < mark_of(f, 3));
+	assert_true(mark_of(f, 6) < mark_of(f, 5));
+	destroy(f);
+	release_all(f);
+}
+
 #define POOL_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -421,6 +570,8 @@ int main(void)
 		POOL_TEST(test_pairs_share_chunks),
 		POOL_TEST(test_failed_pairs),
 		POOL_TEST(test_no_addresses_for_pairs),
+		POOL_TEST(test_failed_unmap),
+		POOL_TEST(test_batches_take_turns),
 	};
 
 	return runner_run("pool", tests, sizeof(tests) / sizeof(tests[0]));

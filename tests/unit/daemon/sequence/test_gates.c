@@ -2,7 +2,9 @@
 #include "daemon/memory/kind.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -143,6 +145,59 @@ static void test_truncated(void **state)
 	}
 }
 
+static int tensor(char *text, size_t size, const char *name, const char *shape, uint64_t *at, uint64_t bytes)
+{
+	int n = snprintf(text, size,
+		"%s\"layers.0.%s\":{\"dtype\":\"BF16\",\"shape\":[%s],\"data_offsets\":[%" PRIu64 ",%" PRIu64 "]}",
+		*at ? "," : "", name, shape, *at, *at + bytes);
+
+	*at += bytes;
+	return n;
+}
+
+/* A file that is nothing but a header and a hole, sealed: 64 KV heads of width 256 and group 8, hidden 16384. */
+static int huge_gate(void)
+{
+	char text[2048] = "{";
+	uint64_t at = 0, length;
+	size_t n = 1;
+	int fd = memfd_create("gate", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	n += (size_t)tensor(text + n, sizeof(text) - n, "k_base", "64,1,1,256", &at, 64 * 256 * 2);
+	n += (size_t)tensor(text + n, sizeof(text) - n, "b", "64,1,8", &at, 64 * 8 * 2);
+	n += (size_t)tensor(text + n, sizeof(text) - n, "k_proj.weight", "16384,16384", &at, UINT64_C(2) << 28);
+	n += (size_t)tensor(text + n, sizeof(text) - n, "q_proj.weight", "131072,16384", &at, UINT64_C(2) << 31);
+	n += (size_t)snprintf(text + n, sizeof(text) - n, "}");
+	length = n;
+	assert_true(fd >= 0);
+	assert_int_equal(ftruncate(fd, (off_t)(8 + length + at)), 0);
+	assert_int_equal(pwrite(fd, &length, 8, 0), 8);
+	assert_int_equal(pwrite(fd, text, length, 8), (ssize_t)length);
+	assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE), 0);
+	return fd;
+}
+
+/* Nothing of it is read: the shapes already say too much. */
+static void test_too_large(void **state)
+{
+	struct kvg_layout layout = {.model = "m", .hidden_dim = 16384, .group_count = 1};
+	struct gate_set *set = NULL;
+	char text[KVG_TEXT_SIZE] = "";
+	int fd = huge_gate();
+	struct stat st;
+
+	(void)state;
+	layout.groups[0] = (struct kvg_group){.layers = 1, .head_count = 64, .query_heads = 8};
+	assert_int_equal(gate_set_load(fd, &layout, &host, &set, text, sizeof(text)), -EFBIG);
+	assert_string_equal(text,
+		"gate: layer 0 has width 256 and 1 sinks: 1 such layers have 4831870976 bytes of weights, at most "
+		"4294967296");
+	assert_null(set);
+	assert_int_equal(fstat(fd, &st), 0);
+	assert_true(st.st_blocks * 512 < 1 << 20);
+	assert_int_equal(close(fd), 0);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -150,6 +205,7 @@ int main(void)
 		cmocka_unit_test(test_another_geometry),
 		cmocka_unit_test(test_unsealed),
 		cmocka_unit_test(test_truncated),
+		cmocka_unit_test(test_too_large),
 	};
 
 	return runner_run("gates", tests, sizeof(tests) / sizeof(tests[0]));

@@ -75,6 +75,23 @@ static void test_closes_nothing_without_imports(void **state)
 	assert_int_equal(imports.count, 0);
 }
 
+static void test_parts(void **state)
+{
+	char text[128] = "";
+
+	(void)state;
+	assert_int_equal(import_check_part(0, 1, 1, text, sizeof(text)), 0);
+	assert_int_equal(import_check_part(4080, 16, 4096, text, sizeof(text)), 0);
+	assert_string_equal(text, "");
+	assert_int_equal(import_check_part(0, 0, 4096, text, sizeof(text)), -EINVAL);
+	assert_string_equal(text, "import: 0 bytes at 0 of an allocation of 4096");
+	assert_int_equal(import_check_part(16, UINT64_MAX - 15, 4096, text, sizeof(text)), -EINVAL);
+	assert_int_equal(import_check_part(4112, 16, 4096, text, sizeof(text)), -EINVAL);
+	/* A kernel that reads rows there would fault. */
+	assert_int_equal(import_check_part(8, 16, 4096, text, sizeof(text)), -EINVAL);
+	assert_string_equal(text, "import: offset 8 is not a multiple of 16");
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -82,6 +99,7 @@ int main(void)
 		cmocka_unit_test(test_keeps_what_is_used),
 		cmocka_unit_test(test_has_an_end),
 		cmocka_unit_test(test_closes_nothing_without_imports),
+		cmocka_unit_test(test_parts),
 	};
 
 	return runner_run("imports", tests, sizeof(tests) / sizeof(tests[0]));

@@ -168,6 +168,57 @@ static void test_tables_have_a_limit(void **state)
 	assert_int_equal(layout_check(&layout, text, sizeof(text)), -EINVAL);
 }
 
+static void expect_device(const struct kvg_layout *layout, int status, const char *expected)
+{
+	char text[KVG_TEXT_SIZE] = "";
+
+	assert_int_equal(layout_check(layout, text, sizeof(text)), 0);
+	assert_int_equal(layout_check_device(layout, text, sizeof(text)), status);
+	assert_string_equal(text, expected);
+}
+
+/* What a GPU's kernels cannot do is refused when a worker registers, not when they fault. */
+static void test_device(void **state)
+{
+	struct kvg_layout layout = good();
+
+	(void)state;
+	expect_device(&layout, 0, "");
+	layout.groups[0].k_dim = 36;
+	expect_device(
+		&layout, -EOPNOTSUPP, "layout m: k_dim is 36, 72 bytes; the kind cuda takes multiples of 16 bytes");
+	layout.groups[0].k_dtype = KVG_F32;
+	expect_device(&layout, 0, "");
+	layout.groups[0].v_dim = 6;
+	layout.groups[0].v_dtype = KVG_F32;
+	expect_device(
+		&layout, -EOPNOTSUPP, "layout m: v_dim is 6, 24 bytes; the kind cuda takes multiples of 16 bytes");
+	layout = good();
+	layout.groups[0].layers = 255;
+	layout.groups[0].head_count = layout.groups[0].head_total = 257;
+	expect_device(&layout, 0, "");
+	layout.groups[0].layers = 256;
+	layout.groups[0].head_count = layout.groups[0].head_total = 256;
+	expect_device(
+		&layout, -EOPNOTSUPP, "layout m: 256 layers of 256 heads are 65536 rows; the kind cuda takes 65535");
+}
+
+static void test_device_table(void **state)
+{
+	struct kvg_layout layout = good();
+
+	(void)state;
+	/* 24 rows of 4 sequences: 384 bytes of lengths, and 24 ids each. */
+	assert_int_equal(layout_device_table(&layout), 512 + 96 * 24 * 4);
+	layout.max_tokens = 1u << 24;
+	layout.max_sequences = 20; /* 480 rows of 2^20 + 16 ids */
+	expect_device(&layout, 0, "");
+	layout.max_sequences = 86;
+	expect_device(&layout, -EOPNOTSUPP,
+		"layout m: 86 sequences of 16777216 tokens need a table of 8657184000 bytes on the device, at most "
+		"8589934592");
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -177,6 +228,8 @@ int main(void)
 		cmocka_unit_test(test_ranges),
 		cmocka_unit_test(test_heads_and_ranks),
 		cmocka_unit_test(test_tables_have_a_limit),
+		cmocka_unit_test(test_device),
+		cmocka_unit_test(test_device_table),
 	};
 
 	return runner_run("layout", tests, sizeof(tests) / sizeof(tests[0]));

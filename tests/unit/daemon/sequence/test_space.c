@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "tests/support/space_model.h"
+#include "tests/support/test_kind.h"
 
 #define EXTENT (64u << 10)
 
@@ -506,6 +507,71 @@ static void test_kill_empty(void **state)
 	fixture_free(fixture);
 }
 
+static bool pretends; /* to have a device */
+
+static struct kvg_cuda *pretended_device(struct kind *kind)
+{
+	return pretends ? (struct kvg_cuda *)(void *)kind : NULL; /* nobody looks into it */
+}
+
+/* Device memory outside of the budget is counted before any is created, and given back with the space. */
+static void test_claim(void **state)
+{
+	struct test_kind kind;
+	struct fixture_options options = {.kind = &kind.kind, .device_max = 1 << 20};
+	struct fixture *fixture;
+	struct space *other = NULL;
+	char text[KVG_TEXT_SIZE] = "";
+	uint64_t table;
+
+	(void)state;
+	pretends = false;
+	test_kind_init(&kind);
+	kind.ops.device = pretended_device;
+	fixture = fixture_new(&options);
+	assert_int_equal(
+		space_new(fixture->tenant, &fixture->layout, 8, fixture->space->ops, fixture, &other, text), 0);
+	assert_int_equal(space_claim(other, UINT64_C(1) << 40, text), 0); /* not of a device */
+	pretends = true;
+	assert_int_equal(space_claim(other, 1 << 20, text), -ENOSPC);
+	assert_memory_equal(text, "tenant test: tables and staging areas on the device: in use 0 B, ", 65);
+	assert_int_equal(fixture->tenant->claimed, 0);
+	assert_int_equal(space_claim(other, 5000, text), 0);
+	table = fixture->tenant->claimed - 8192;
+	assert_true(table >= 32 * 4 * (34 * 8 + 1)); /* 32 rows of 4096 tokens */
+	assert_int_equal(table % 4096, 0);
+	pretends = false;
+	(void)space_free(other);
+	assert_int_equal(fixture->tenant->claimed, 0);
+	fixture_free(fixture);
+	test_kind_deinit(&kind);
+}
+
+static void test_layout_of_a_device(void **state)
+{
+	struct test_kind kind;
+	struct fixture_options options = {.kind = &kind.kind};
+	struct fixture *fixture;
+	struct kvg_layout layout;
+	struct space *space = NULL;
+	char text[KVG_TEXT_SIZE] = "";
+
+	(void)state;
+	pretends = false;
+	test_kind_init(&kind);
+	kind.ops.device = pretended_device;
+	fixture = fixture_new(&options);
+	layout = fixture->layout;
+	layout.groups[0].k_dim = 4;
+	pretends = true;
+	assert_int_equal(space_new(fixture->tenant, &layout, 8, NULL, NULL, &space, text), -EOPNOTSUPP);
+	assert_string_equal(text, "layout test: k_dim is 4, 8 bytes; the kind cuda takes multiples of 16 bytes");
+	assert_null(space);
+	pretends = false;
+	fixture_free(fixture);
+	test_kind_deinit(&kind);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -527,6 +593,8 @@ int main(void)
 		cmocka_unit_test(test_kill_amid_evictions),
 		cmocka_unit_test(test_kill_amid_a_stage),
 		cmocka_unit_test(test_kill_empty),
+		cmocka_unit_test(test_claim),
+		cmocka_unit_test(test_layout_of_a_device),
 	};
 
 	return runner_run("space", tests, sizeof(tests) / sizeof(tests[0]));

@@ -413,6 +413,34 @@ static void test_unwanted_descriptors(void **state)
 	session_free(session);
 }
 
+static struct kvg_cuda *some_device(struct kind *kind)
+{
+	return (struct kvg_cuda *)(void *)kind; /* nobody looks into it */
+}
+
+/* Where a driver would pin the rows. */
+static void test_limit_of_pinned_rows(void **state)
+{
+	struct session *session = session_new();
+	struct session_peer *peer = session_connect(session, 0);
+	const struct kind_ops *host = session->kind->ops;
+	struct kind_ops ops = *host;
+	Kvg__Group group, *groups;
+	Kvg__Layout layout;
+
+	(void)state;
+	session_hello(peer);
+	session_layout(&layout, &group, &groups);
+	ops.device = some_device;
+	session->kind->ops = &ops;
+	expect_error(
+		call_register(peer, &layout, (64u << 20) + 1), -EINVAL, "staging: 67108865 bytes, at most 67108864");
+	session->kind->ops = host;
+	assert_int_equal(call_register(peer, &layout, (64u << 20) + 1)->body_case, KVG__WORKER_REPLY__BODY_REGISTERED);
+	session_peer_free(peer);
+	session_free(session);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -428,6 +456,7 @@ int main(void)
 		cmocka_unit_test(test_hang_up_while_registering),
 		cmocka_unit_test(test_host_kind),
 		cmocka_unit_test(test_unwanted_descriptors),
+		cmocka_unit_test(test_limit_of_pinned_rows),
 	};
 
 	return runner_run("control", tests, sizeof(tests) / sizeof(tests[0]));

@@ -131,6 +131,33 @@ static void test_table_is_full(void **state)
 		(void)tenant_free(tenants[i]);
 }
 
+/* What its workers have on the device outside of the budget is limited too, for all of them together. */
+static void test_claims(void **state)
+{
+	struct fixture *f = *state;
+	struct tenant *tenant = NULL;
+	char text[256] = "";
+
+	assert_int_equal(tenant_new(f->pool, "chat", 128 << 10, &tenant), 0);
+	assert_int_equal(tenant_claim(tenant, 96 << 10, text, sizeof(text)), 0);
+	assert_int_equal(tenant_claim(tenant, 64 << 10, text, sizeof(text)), -ENOSPC);
+	assert_string_equal(text,
+		"tenant chat: tables and staging areas on the device: in use 96.0 KiB, the worker needs 64.0 KiB, "
+		"together at most 128.0 KiB (device.max)");
+	assert_int_equal(tenant_claim(tenant, UINT64_MAX, text, sizeof(text)), -ENOSPC);
+	assert_int_equal(tenant_claim(tenant, 32 << 10, text, sizeof(text)), 0);
+	assert_int_equal(tenant_claim(tenant, 1, text, sizeof(text)), -ENOSPC);
+	tenant_unclaim(tenant, 96 << 10);
+	/* A budget that is set later holds for what comes then. */
+	tenant->quota.account->max = 16 << 10;
+	assert_int_equal(tenant_claim(tenant, 0, text, sizeof(text)), -ENOSPC);
+	tenant_unclaim(tenant, 32 << 10);
+	assert_int_equal(tenant_claim(tenant, 16 << 10, text, sizeof(text)), 0);
+	assert_int_equal(f->pool->quota.account->charged, 0);
+	tenant_unclaim(tenant, 16 << 10);
+	assert_null(tenant_free(tenant));
+}
+
 #define TENANT_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -140,6 +167,7 @@ int main(void)
 		TENANT_TEST(test_arenas_are_shared_by_geometry),
 		TENANT_TEST(test_two_tenants_share_nothing),
 		TENANT_TEST(test_table_is_full),
+		TENANT_TEST(test_claims),
 	};
 
 	return runner_run("tenant", tests, sizeof(tests) / sizeof(tests[0]));
