@@ -257,6 +257,8 @@ static void select_done(struct job *job)
 		report(request, 0);
 		over(request);
 	} else if (request->evict->marked) {
+		if (request->space->evict_reserve > request->evict->new_blocks)
+			request->space->evict_reserve = request->evict->new_blocks;
 		request->sequence->meta->next_prune_start = request->evict->context_end;
 		marked(request);
 	} else {
