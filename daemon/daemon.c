@@ -24,6 +24,7 @@
 
 #define STOP_POLL_NS  UINT64_C(1000000)
 #define LOST_LIMIT_NS UINT64_C(5000000000) /* for the end of an orderly stop once the device is lost */
+#define LOOK_NS       1000000000u          /* between looks at the device while there are workers */
 
 struct endpoint {
 	struct server *server;
@@ -43,6 +44,9 @@ struct daemon {
 	uint64_t extent_size;
 	struct loop_timer *stop_timer;
 	struct loop_watch *failure_watch;
+	struct loop_timer *look_timer;
+	struct job look; /* at the device */
+	bool looking;
 	char stop_reason[KIND_TEXT + 64];
 	uint64_t lost_ns; /* when the device was lost; 0: it was not */
 	int lock_fd;
@@ -294,13 +298,47 @@ static void on_failure(void *user, uint32_t revents)
 	begin_stop(daemon);
 }
 
+/*
+ * A fault that another client of the MPS server caused shows only in a call of the driver. While there are workers the
+ * device is asked once in a while, so that they learn of it though none of them asks for anything.
+ */
+static void look_run(struct job *job)
+{
+	struct daemon *daemon = list_entry(job, struct daemon, look);
+	uint64_t used;
+
+	(void)daemon->kind->ops->usage(daemon->kind, &used);
+}
+
+static void look_done(struct job *job)
+{
+	list_entry(job, struct daemon, look)->looking = false;
+}
+
+static void look_at_device(void *user)
+{
+	struct daemon *daemon = user;
+
+	if (daemon->server.worker_count > 0 && !daemon->looking) {
+		daemon->looking = true;
+		daemon->look = (struct job){.run = look_run, .done = look_done};
+		executor_submit(daemon->server.executor, &daemon->look);
+	}
+	loop_timer_set(daemon->look_timer, LOOK_NS);
+}
+
 static int start_failure_watch(struct daemon *daemon)
 {
-	int fd = daemon->kind->ops->failure_fd(daemon->kind);
+	int fd = daemon->kind->ops->failure_fd(daemon->kind), r;
 
 	if (fd < 0)
 		return 0;
-	return loop_watch_new(daemon->server.loop, fd, POLLIN, on_failure, daemon, &daemon->failure_watch);
+	r = loop_watch_new(daemon->server.loop, fd, POLLIN, on_failure, daemon, &daemon->failure_watch);
+	if (r >= 0)
+		r = loop_timer_new(daemon->server.loop, look_at_device, daemon, &daemon->look_timer);
+	if (r >= 0)
+		loop_timer_set(daemon->look_timer, LOOK_NS);
+	return r;
 }
 
 static int start_signals(struct daemon *daemon)
@@ -374,6 +412,7 @@ static void stop(struct daemon *daemon)
 	close_endpoint(&daemon->admin_endpoint);
 	daemon->stop_timer = loop_timer_free(daemon->stop_timer);
 	daemon->failure_watch = loop_watch_free(daemon->failure_watch);
+	daemon->look_timer = loop_timer_free(daemon->look_timer);
 	server_end(server);
 	server->executor = executor_free(server->executor);
 	server->pool = pool_free(server->pool);

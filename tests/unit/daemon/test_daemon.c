@@ -229,6 +229,42 @@ static void test_lost_device(void **state)
 	test_kind_deinit(&kind);
 }
 
+/* The first question is the start's; the daemon is a process of its own, so it counts from 0. */
+static int usage_that_fails(struct kind *kind, uint64_t *ret_bytes)
+{
+	static unsigned questions;
+
+	(void)kind;
+	*ret_bytes = 0;
+	if (questions++ == 0)
+		return 0;
+	(void)eventfd_write(failure, 1);
+	return -EIO;
+}
+
+/* Nobody asks for anything, and still: where there is a worker, the loss of the device is noticed. */
+static void test_lost_device_of_idle_workers(void **state)
+{
+	const struct place *place = *state;
+	struct sockaddr_un address;
+	struct test_kind kind;
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	pid_t pid;
+
+	device_kind_init(&kind);
+	kind.ops.usage = usage_that_fails;
+	failure = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	assert_true(fd >= 0 && failure >= 0);
+	pid = start_with(place, 0600, &kind.kind);
+	expect_notice(place, "READY=1");
+	path_in(place, "a.sock", &address);
+	assert_int_equal(connect(fd, (const struct sockaddr *)&address, sizeof(address)), 0);
+	assert_int_equal(wait_status(pid), DAEMON_DEVICE_LOST);
+	assert_int_equal(close(fd) | close(failure), 0);
+	failure = -1;
+	test_kind_deinit(&kind);
+}
+
 static void test_check_of_sizes(void **state)
 {
 	struct config config = {.kind = CONFIG_CUDA, .device_size = UINT64_C(1) << 30, .extent_size = 1 << 20};
@@ -296,6 +332,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_start_and_stop, begin, end),
 		cmocka_unit_test_setup_teardown(test_second_on_same_folder, begin, end),
 		cmocka_unit_test_setup_teardown(test_lost_device, begin, end),
+		cmocka_unit_test_setup_teardown(test_lost_device_of_idle_workers, begin, end),
 		cmocka_unit_test(test_check_of_sizes),
 		cmocka_unit_test(test_check_of_isolation),
 		cmocka_unit_test(test_open),
