@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tools/lm/prompt.h"
+#include "tools/lm/generation.h"
 
 int lm_text_read(
 	const char *path, const struct lm_config *config, uint32_t generate, struct lm_text_file *ret, char *text)
@@ -54,39 +54,16 @@ static int write_bytes(const int32_t *tokens, uint32_t count, FILE *out, char *t
 	return 0;
 }
 
-/* prompt: BOS and the file's bytes; tokens: room for what is generated. */
-static int run(struct lm_worker *worker, const struct lm_options *options, const int32_t *prompt, uint32_t size,
-	int32_t *tokens, FILE *out, char *text)
-{
-	struct kvg_policy policy = lm_options_policy(options, size - 1, options->generate);
-	uint32_t count = 0;
-	int e = lm_worker_begin(worker, &policy, text);
-
-	if (e == 0)
-		e = lm_worker_prefill(worker, prompt, size, NULL, NULL, text);
-	if (e == 0)
-		e = lm_worker_reserve(worker, options->generate, text);
-	if (e == 0)
-		e = lm_worker_generate(worker, tokens, options->generate, &count, text);
-	if (e == 0)
-		e = write_bytes(tokens, count, out, text);
-	if (e == 0)
-		e = lm_worker_end(worker, text);
-	return e;
-}
-
 int lm_continue(struct lm_worker *worker, const struct lm_options *options, const struct lm_text_file *file, FILE *out,
 	char *text)
 {
-	int32_t *prompt = lm_prompt_context(file->data, file->size);
-	int32_t *tokens = calloc(options->generate, sizeof(*tokens));
-	int e;
+	struct lm_bytes context = {.data = file->data, .size = file->size};
+	struct lm_generation generation;
+	int e = lm_generate(worker, options, &context, &generation, text);
 
-	if (prompt && tokens)
-		e = run(worker, options, prompt, file->size + 1, tokens, out, text);
-	else
-		e = lm_fail(text, -ENOMEM, "no memory for %u tokens", file->size + 1 + options->generate);
-	free(tokens);
-	free(prompt);
+	if (e < 0)
+		return e;
+	e = write_bytes(generation.tokens, generation.count, out, text);
+	lm_generation_deinit(&generation);
 	return e;
 }

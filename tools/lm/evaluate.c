@@ -40,6 +40,33 @@ int lm_evaluate_size(const struct lm_needles *needles, const char *path, const s
 	return 0;
 }
 
+/* What it takes to read a context, once or again. */
+struct context {
+	const struct lm_needle *needle;
+	const struct lm_options *options;
+	const int32_t *prompt; /* BOS and the context */
+};
+
+static int read_context(struct lm_worker *worker, const struct context *context, char *text)
+{
+	uint32_t size = context->needle->context.size;
+	struct kvg_policy policy = lm_options_policy(context->options, size, query_room(context->needle));
+	int e = lm_worker_begin(worker, &policy, text);
+
+	return e < 0 ? e : lm_worker_prefill(worker, context->prompt, size + 1, NULL, NULL, text);
+}
+
+/* Leaves the sequence as it was after the context and its evictions. */
+static int go_back(struct lm_worker *worker, const struct context *context, char *text)
+{
+	int e;
+
+	if (lm_worker_can_rewind(worker))
+		return lm_worker_rewind(worker, text);
+	e = lm_worker_end(worker, text);
+	return e < 0 ? e : read_context(worker, context, text);
+}
+
 static int answer(struct lm_worker *worker, const struct lm_query *query, bool *ret_correct, char *text)
 {
 	_cleanup_free_ int32_t *prompt = lm_prompt_query(query->name.data, query->name.size);
@@ -55,33 +82,20 @@ static int answer(struct lm_worker *worker, const struct lm_query *query, bool *
 	if (e == 0)
 		e = lm_worker_generate(worker, tokens, LM_CODE_MAX, &count, text);
 	if (e == 0)
-		e = lm_worker_rewind(worker, text);
-	if (e == 0)
 		*ret_correct = lm_prompt_matches(tokens, count, query->code.data, query->code.size);
 	return e;
 }
 
-static int run_context(struct lm_worker *worker, const struct lm_needle *needle, struct lm_report *report, char *text)
+static int answer_all(struct lm_worker *worker, const struct context *context, struct lm_report *report, char *text)
 {
-	_cleanup_free_ int32_t *prompt = lm_prompt_context(needle->context.data, needle->context.size);
-	struct lm_usage usage = {0};
-	int e;
+	const struct lm_needle *needle = context->needle;
 
-	if (!prompt)
-		return lm_fail(text, -ENOMEM, "out of memory");
-	e = lm_worker_prefill(worker, prompt, needle->context.size + 1, NULL, NULL, text);
-	if (e == 0)
-		e = lm_worker_usage(worker, &usage, text);
-	if (e < 0)
-		return e;
-	report->contexts++;
-	report->usage.bytes_full += usage.bytes_full;
-	report->usage.bytes_held += usage.bytes_held;
-	report->usage.bytes_physical += usage.bytes_physical;
 	for (size_t i = 0; i < needle->query_count; i++) {
 		bool correct = false;
+		int e = i ? go_back(worker, context, text) : 0;
 
-		e = answer(worker, &needle->queries[i], &correct, text);
+		if (e == 0)
+			e = answer(worker, &needle->queries[i], &correct, text);
 		if (e < 0)
 			return e;
 		report->queries++;
@@ -90,20 +104,37 @@ static int run_context(struct lm_worker *worker, const struct lm_needle *needle,
 	return 0;
 }
 
+static int run_context(struct lm_worker *worker, const struct lm_options *options, const struct lm_needle *needle,
+	struct lm_report *report, char *text)
+{
+	_cleanup_free_ int32_t *prompt = lm_prompt_context(needle->context.data, needle->context.size);
+	struct context context = {.needle = needle, .options = options, .prompt = prompt};
+	struct lm_usage usage = {0};
+	int e;
+
+	if (!prompt)
+		return lm_fail(text, -ENOMEM, "out of memory");
+	e = read_context(worker, &context, text);
+	if (e == 0)
+		e = lm_worker_usage(worker, &usage, text);
+	if (e < 0)
+		return e;
+	report->contexts++;
+	report->usage.bytes_full += usage.bytes_full;
+	report->usage.bytes_held += usage.bytes_held;
+	report->usage.bytes_physical += usage.bytes_physical;
+	e = answer_all(worker, &context, report, text);
+	return e < 0 ? e : lm_worker_end(worker, text);
+}
+
 int lm_evaluate(struct lm_worker *worker, const struct lm_options *options, const struct lm_needles *needles,
 	struct lm_report *ret, char *text)
 {
 	struct lm_report report = {0};
 
 	for (size_t i = 0; i < needles->count; i++) {
-		const struct lm_needle *needle = &needles->list[i];
-		struct kvg_policy policy = lm_options_policy(options, needle->context.size, query_room(needle));
-		int e = lm_worker_begin(worker, &policy, text);
+		int e = run_context(worker, options, &needles->list[i], &report, text);
 
-		if (e == 0)
-			e = run_context(worker, needle, &report, text);
-		if (e == 0)
-			e = lm_worker_end(worker, text);
 		if (e < 0)
 			return e;
 	}

@@ -1,6 +1,9 @@
 /*
  * evaluate.h - the main job: answer every query of a needle file from KV that the daemon
  * has evicted, and report how many were right and what the KV weighed.
+ *
+ * Queries are independent: each finds what the context alone left. Where an eviction of the decode budget fell into
+ * a query or its answer, there is no way back, and the context is read anew for the next one.
  */
 #ifndef KVG_LM_EVALUATE_H
 #define KVG_LM_EVALUATE_H

@@ -43,22 +43,51 @@ static int connect_worker(struct app *app, uint32_t max_tokens)
 	return lm_worker_open(&setup, &app->worker, app->text);
 }
 
-static int run_needles(struct app *app)
+static int print_generations(struct app *app, struct lm_generations *all)
+{
+	int e = 0;
+
+	if (!app->options.json)
+		lm_report_generations_text(all, &app->options, stdout);
+	else if (lm_report_generations_json(all, &app->options, stdout) < 0)
+		e = lm_fail(app->text, -EIO, "standard output: the report could not be written");
+	lm_generations_deinit(all);
+	return e;
+}
+
+/* Continues the contexts of the needle file, instead of answering their queries. */
+static int run_contexts(struct app *app, const struct lm_needles *needles)
 {
 	const struct lm_options *o = &app->options;
-	struct lm_needles needles;
-	struct lm_report report;
+	struct lm_bytes *contexts = calloc(needles->count, sizeof(*contexts));
+	struct lm_generations all;
 	uint32_t tokens;
-	int e = lm_needles_read(o->needles, o->limit, &needles, app->text);
+	int e;
 
-	if (e < 0)
-		return e;
-	e = lm_evaluate_size(&needles, o->needles, lm_model_config(app->model), &tokens, app->text);
+	if (!contexts)
+		return lm_fail(app->text, -ENOMEM, "no memory for %zu contexts", needles->count);
+	for (size_t i = 0; i < needles->count; i++)
+		contexts[i] = needles->list[i].context;
+	e = lm_generations_size(needles, o->needles, lm_model_config(app->model), o->generate, &tokens, app->text);
 	if (e == 0)
 		e = connect_worker(app, tokens);
 	if (e == 0)
-		e = lm_evaluate(app->worker, o, &needles, &report, app->text);
-	lm_needles_deinit(&needles);
+		e = lm_generations_run(app->worker, o, contexts, needles->count, &all, app->text);
+	free(contexts);
+	return e < 0 ? e : print_generations(app, &all);
+}
+
+static int run_queries(struct app *app, const struct lm_needles *needles)
+{
+	const struct lm_options *o = &app->options;
+	struct lm_report report;
+	uint32_t tokens;
+	int e = lm_evaluate_size(needles, o->needles, lm_model_config(app->model), &tokens, app->text);
+
+	if (e == 0)
+		e = connect_worker(app, tokens);
+	if (e == 0)
+		e = lm_evaluate(app->worker, o, needles, &report, app->text);
 	if (e < 0)
 		return e;
 	if (!o->json)
@@ -66,6 +95,38 @@ static int run_needles(struct app *app)
 	else if (lm_report_json(&report, o, stdout) < 0)
 		return lm_fail(app->text, -EIO, "standard output: the report could not be written");
 	return 0;
+}
+
+static int run_needles(struct app *app)
+{
+	const struct lm_options *o = &app->options;
+	struct lm_needles needles;
+	int e = lm_needles_read(o->needles, o->limit, &needles, app->text);
+
+	if (e < 0)
+		return e;
+	e = o->generate_given ? run_contexts(app, &needles) : run_queries(app, &needles);
+	lm_needles_deinit(&needles);
+	return e;
+}
+
+/* The continuation's figures instead of its bytes. */
+static int report_text(struct app *app, const struct lm_text_file *file)
+{
+	struct lm_bytes context = {.data = file->data, .size = file->size};
+	struct lm_generations all;
+	int e = lm_generations_run(app->worker, &app->options, &context, 1, &all, app->text);
+
+	return e < 0 ? e : print_generations(app, &all);
+}
+
+static int print_text(struct app *app, const struct lm_text_file *file)
+{
+	int e = lm_continue(app->worker, &app->options, file, stdout, app->text);
+
+	if (e == 0)
+		(void)putchar('\n');
+	return e;
 }
 
 static int run_text(struct app *app)
@@ -78,9 +139,7 @@ static int run_text(struct app *app)
 		return e;
 	e = connect_worker(app, 1 + file.size + o->generate);
 	if (e == 0)
-		e = lm_continue(app->worker, o, &file, stdout, app->text);
-	if (e == 0)
-		(void)putchar('\n');
+		e = o->json ? report_text(app, &file) : print_text(app, &file);
 	lm_text_deinit(&file);
 	return e;
 }

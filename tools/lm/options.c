@@ -13,6 +13,7 @@
 #define DEFAULT_CHUNK  16000u
 #define DEFAULT_WINDOW 4096u
 #define DEFAULT_TOKENS 200u
+#define LEAST_BUDGET   132u /* the first 4 tokens and the newest 128 outscore all others */
 
 enum {
 	OPT_SOCKET = 256,
@@ -29,6 +30,7 @@ enum {
 	OPT_KV_DTYPE,
 	OPT_LIMIT,
 	OPT_GENERATE,
+	OPT_DECODE_BUDGET,
 	OPT_THREADS,
 	OPT_JSON,
 	OPT_HELP,
@@ -41,7 +43,10 @@ static const struct {
 } table[] = {
 	{"socket", "PATH", "the tenant's socket of a running kvgated", OPT_SOCKET},
 	{"model", "DIR", "Hugging Face folder of a Qwen3 model (config.json, safetensors)", OPT_MODEL},
-	{"gate", "FILE", "trained gate of the model (safetensors); may be left out at ratio 1", OPT_GATE},
+	{"gate", "FILE",
+		"trained gate of the model (safetensors); may be left out when nothing evicts: at ratio 1\n"
+		"                      without a decode budget",
+		OPT_GATE},
 	{"needles", "FILE", "answer every query of a needle file (JSON lines)", OPT_NEEDLES},
 	{"text", "FILE", "print a continuation of a text file, byte by byte", OPT_TEXT},
 	{"golden", "FILE", "compare logits with a golden file, at ratio 1", OPT_GOLDEN},
@@ -55,9 +60,17 @@ static const struct {
 	{"floor", "N", "least pairs of a head that stay (default 0)", OPT_FLOOR},
 	{"kv-dtype", "TYPE", "bf16, f16 or f32 (default bf16)", OPT_KV_DTYPE},
 	{"limit", "N", "only the first N contexts of the needle file", OPT_LIMIT},
-	{"generate", "N", "tokens of the continuation at most (default 200)", OPT_GENERATE},
+	{"generate", "N",
+		"tokens of the continuation at most (default 200); with --needles: continue each context\n"
+		"                      instead of answering its queries",
+		OPT_GENERATE},
+	{"decode-budget", "B",
+		"tokens that a head holds on average while decoding, 132 (the first 4 and the newest 128)\n"
+		"                      or more: evicts after the context and after each position that is a multiple\n"
+		"                      of 128; when that falls into a query, its context is read anew for the next",
+		OPT_DECODE_BUDGET},
 	{"threads", "N", "threads (default: number of CPUs)", OPT_THREADS},
-	{"json", NULL, "one JSON object instead of text (with --needles)", OPT_JSON},
+	{"json", NULL, "one JSON object instead of text (with --needles or --text)", OPT_JSON},
 	{"help", NULL, "print this", OPT_HELP},
 	{"version", NULL, "print the version", OPT_VERSION},
 };
@@ -83,6 +96,7 @@ void lm_options_help(FILE *out)
 	(void)fprintf(out,
 		"kvgate-lm runs a Qwen3 language model whose KV lives in kvgated's memory.\n\n"
 		"Usage: kvgate-lm --socket PATH --model DIR --gate FILE --needles FILE --ratio R [OPTION...]\n"
+		"       kvgate-lm --socket PATH --model DIR --gate FILE --needles FILE --generate N [OPTION...]\n"
 		"       kvgate-lm --socket PATH --model DIR --gate FILE --text FILE --ratio R [OPTION...]\n"
 		"       kvgate-lm --socket PATH --model DIR --golden FILE [OPTION...]\n\n");
 	for (size_t i = 0; i < OPTION_COUNT; i++) {
@@ -180,7 +194,10 @@ static int take(struct lm_options *o, int option, const char *value, char *text)
 	case OPT_LIMIT:
 		return parse_u32("limit", value, 1, UINT32_MAX, &o->limit, text);
 	case OPT_GENERATE:
+		o->generate_given = true;
 		return parse_u32("generate", value, 1, MAX_TOKENS, &o->generate, text);
+	case OPT_DECODE_BUDGET:
+		return parse_u32("decode-budget", value, LEAST_BUDGET, MAX_TOKENS, &o->decode_budget, text);
 	case OPT_THREADS:
 		return parse_u32("threads", value, 1, LM_POOL_MAX_THREADS, &o->threads, text);
 	case OPT_JSON:
@@ -205,10 +222,16 @@ static int check(const struct lm_options *o, char *text)
 		return lm_fail(text, -EINVAL, "one of --needles, --text and --golden is needed, not %d", jobs);
 	if (o->golden && o->ratio < 1.0)
 		return lm_fail(text, -EINVAL, "--golden compares at ratio 1, not %g", o->ratio);
+	if (o->golden && (o->decode_budget || o->generate_given || o->json))
+		return lm_fail(text, -EINVAL, "--%s goes with --needles or --text, not with --golden",
+			o->decode_budget    ? "decode-budget"
+			: o->generate_given ? "generate"
+					    : "json");
 	if (!o->gate && o->ratio < 1.0)
 		return lm_fail(text, -EINVAL, "--gate is missing: ratio %g evicts by its scores", o->ratio);
-	if (o->json && !o->needles)
-		return lm_fail(text, -EINVAL, "--json goes with --needles only");
+	if (!o->gate && o->decode_budget)
+		return lm_fail(
+			text, -EINVAL, "--gate is missing: decode budget %u evicts by its scores", o->decode_budget);
 	return 0;
 }
 
@@ -277,5 +300,6 @@ struct kvg_policy lm_options_policy(const struct lm_options *options, uint32_t c
 		.max_new_tokens = max_new,
 		.window = options->window,
 		.floor = options->floor,
+		.budget = options->decode_budget,
 	};
 }

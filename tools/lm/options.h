@@ -16,10 +16,12 @@ struct lm_options {
 	double ratio;
 	uint8_t level; /* enum kvg_level */
 	uint32_t chunk, window, floor;
-	bool window_absolute; /* --window was given */
-	uint32_t kv_dtype;    /* enum kvg_dtype */
-	uint32_t limit;       /* contexts; 0: all */
-	uint32_t generate;    /* tokens of a continuation */
+	bool window_absolute;   /* --window was given */
+	uint32_t kv_dtype;      /* enum kvg_dtype */
+	uint32_t limit;         /* contexts; 0: all */
+	uint32_t generate;      /* tokens of a continuation */
+	bool generate_given;    /* --generate was: with needles, contexts are continued and no query is answered */
+	uint32_t decode_budget; /* tokens of a head on average; 0: none */
 	unsigned threads;
 	bool json, help, version;
 };

@@ -23,6 +23,16 @@ struct lm_worker {
 	uint32_t prompt;         /* tokens of the prefill */
 	uint32_t last_row;       /* of the model's last forward */
 	bool stage_failed;       /* the client's error is about staging */
+	uint64_t prompt_max, decode_max;
+	/* of its decode budget */
+	bool budget;
+	uint32_t wanted;    /* position up to which room was asked for */
+	uint32_t staged;    /* tokens whose hidden states are with the daemon */
+	uint32_t evicted;   /* position of the last event that dropped pairs */
+	uint16_t *gathered; /* [layers][LM_EVENT_TOKENS][hidden] from position `staged` on; NULL before the first budget
+			     */
+	struct lm_event *events;
+	uint32_t event_count, event_room;
 };
 
 static uint64_t now_ns(void)
@@ -69,10 +79,23 @@ static int stage(void *user, uint32_t layer, uint32_t pos, uint32_t count, const
 	return e;
 }
 
-/* Runs tokens through the model; with hidden states staged when they will be scored. */
-static int forward(struct lm_worker *w, const int32_t *tokens, uint32_t count, bool staged, char *text)
+/* Keeps hidden states for the next event. */
+static int gather(void *user, uint32_t layer, uint32_t pos, uint32_t count, const uint16_t *hidden)
 {
-	struct lm_kv kv = {.user = w, .append = append, .attend = attend, .stage = staged ? stage : NULL};
+	struct lm_worker *w = user;
+	size_t d = lm_model_config(w->model)->hidden;
+	size_t at = (size_t)layer * LM_EVENT_TOKENS + (pos - w->staged);
+
+	memcpy(w->gathered + at * d, hidden, count * d * sizeof(*hidden));
+	return 0;
+}
+
+typedef int (*stage_fn)(void *user, uint32_t layer, uint32_t pos, uint32_t count, const uint16_t *hidden);
+
+/* Runs tokens through the model; where hidden states go, if they will be scored. */
+static int forward(struct lm_worker *w, const int32_t *tokens, uint32_t count, stage_fn staged, char *text)
+{
+	struct lm_kv kv = {.user = w, .append = append, .attend = attend, .stage = staged};
 	int e = lm_model_forward(w->model, &kv, tokens, w->pos, count, text);
 
 	if (e < 0)
@@ -164,22 +187,41 @@ struct lm_worker *lm_worker_close(struct lm_worker *worker)
 	if (!worker)
 		return NULL;
 	(void)kvg_close(worker->client);
+	free(worker->gathered);
+	free(worker->events);
 	free(worker);
 	return NULL;
 }
 
 /* ---- the sequence ---- */
 
+/* Room for what the worker of a decode budget gathers; it stays for later sequences. */
+static int prepare_budget(struct lm_worker *w, char *text)
+{
+	const struct lm_config *c = lm_model_config(w->model);
+
+	if (!w->gathered)
+		w->gathered = calloc((size_t)c->layers * LM_EVENT_TOKENS, c->hidden * sizeof(*w->gathered));
+	return w->gathered ? 0
+			   : lm_fail(text, -ENOMEM, "no memory for the hidden states of %u tokens", LM_EVENT_TOKENS);
+}
+
 int lm_worker_begin(struct lm_worker *w, const struct kvg_policy *policy, char *text)
 {
-	int e = kvg_create(w->client, policy, &w->seq);
+	int e = policy->budget ? prepare_budget(w, text) : 0;
 
+	if (e < 0)
+		return e;
+	e = kvg_create(w->client, policy, &w->seq);
 	if (e < 0)
 		return client_error(w, e, text);
 	w->begun = true;
 	w->evicts = policy->mode != KVG_MODE_OFF;
+	w->budget = policy->budget != 0;
 	w->chunk = policy->chunk_tokens;
-	w->pos = w->committed = w->prompt = 0;
+	w->pos = w->committed = w->prompt = w->wanted = w->staged = w->evicted = 0;
+	w->prompt_max = w->decode_max = 0;
+	w->event_count = 0;
 	w->stage_failed = false;
 	return 0;
 }
@@ -192,11 +234,40 @@ int lm_worker_end(struct lm_worker *w, char *text)
 	return e < 0 ? client_error(w, e, text) : 0;
 }
 
+/* Looks at what the worker is charged for. */
+static void note_physical(struct lm_worker *w, uint64_t *max)
+{
+	uint64_t bytes = kvg_mapped_bytes(w->client);
+
+	if (bytes > *max)
+		*max = bytes;
+}
+
+/* Tokens until the next event of the decode budget; at least 1. */
+static uint32_t tokens_to_event(const struct lm_worker *w)
+{
+	return LM_EVENT_TOKENS - (w->pos + LM_EVENT_TOKENS - 1) % LM_EVENT_TOKENS;
+}
+
+/* Room up to the position wanted, with a decode budget at most up to the next event. */
+static int reserve_wanted(struct lm_worker *w, char *text)
+{
+	uint32_t tokens = w->wanted > w->pos ? w->wanted - w->pos : 0;
+	int e;
+
+	if (w->budget && tokens > tokens_to_event(w))
+		tokens = tokens_to_event(w);
+	e = kvg_reserve(w->client, w->seq, w->pos - w->committed + tokens);
+	if (e < 0)
+		return client_error(w, e, text);
+	note_physical(w, &w->decode_max);
+	return 0;
+}
+
 int lm_worker_reserve(struct lm_worker *w, uint32_t tokens, char *text)
 {
-	int e = kvg_reserve(w->client, w->seq, tokens);
-
-	return e < 0 ? client_error(w, e, text) : 0;
+	w->wanted = w->pos + tokens;
+	return reserve_wanted(w, text);
 }
 
 static int commit(struct lm_worker *w, char *text)
@@ -209,17 +280,61 @@ static int commit(struct lm_worker *w, char *text)
 	return 0;
 }
 
-static int evict(struct lm_worker *w, char *text)
+/* Adds an event to the sequence's list. */
+static int note_event(struct lm_worker *w, const struct kvg_evict_result *result, char *text)
+{
+	if (w->event_count == w->event_room) {
+		uint32_t room = w->event_room ? 2 * w->event_room : 64;
+		struct lm_event *events = realloc(w->events, room * sizeof(*events));
+
+		if (!events)
+			return lm_fail(text, -ENOMEM, "no memory for %u events", room);
+		w->events = events;
+		w->event_room = room;
+	}
+	if (result->pairs_dropped)
+		w->evicted = w->pos;
+	w->events[w->event_count++] = (struct lm_event){.tokens = w->pos,
+		.pairs = result->pairs_held,
+		.dropped = result->pairs_dropped,
+		.bytes_physical = kvg_mapped_bytes(w->client)};
+	return 0;
+}
+
+/* Waits for the scores and evicts; adds up the time of both. */
+static int evict(struct lm_worker *w, uint32_t mode, uint64_t *wait_ns, uint64_t *evict_ns, char *text)
 {
 	uint64_t begin = now_ns(), scored;
+	struct kvg_evict_result result = {0};
 	int e = kvg_stage_wait(w->client);
 
 	scored = now_ns();
 	if (e == 0)
-		e = kvg_evict(w->client, w->seq, KVG_EVICT_PREFILL, NULL);
-	w->times.wait_ns += scored - begin;
-	w->times.evict_ns += now_ns() - scored;
-	return e < 0 ? client_error(w, e, text) : 0;
+		e = kvg_evict(w->client, w->seq, mode, &result);
+	*wait_ns += scored - begin;
+	*evict_ns += now_ns() - scored;
+	if (e < 0)
+		return client_error(w, e, text);
+	return mode == KVG_EVICT_DECODE ? note_event(w, &result, text) : 0;
+}
+
+static int prefill_chunk(
+	struct lm_worker *w, const int32_t *tokens, uint32_t count, lm_worker_chunk_cb cb, void *user, char *text)
+{
+	uint32_t pos = w->pos;
+	int e = kvg_reserve(w->client, w->seq, count);
+
+	if (e < 0)
+		return client_error(w, e, text);
+	note_physical(w, &w->prompt_max);
+	e = forward(w, tokens, count, w->evicts || w->budget ? stage : NULL, text);
+	if (e == 0)
+		e = commit(w, text);
+	if (e == 0 && cb)
+		e = cb(user, pos, count);
+	if (e == 0 && w->evicts)
+		e = evict(w, KVG_EVICT_PREFILL, &w->times.wait_ns, &w->times.evict_ns, text);
+	return e;
 }
 
 int lm_worker_prefill(
@@ -230,25 +345,73 @@ int lm_worker_prefill(
 
 	for (uint32_t n, done = 0; done < count && e == 0; done += n) {
 		n = count - done < w->chunk ? count - done : w->chunk;
-		e = lm_worker_reserve(w, n, text);
-		if (e == 0)
-			e = forward(w, tokens + done, n, w->evicts, text);
-		if (e == 0)
-			e = commit(w, text);
-		if (e == 0 && cb)
-			e = cb(user, done, n);
-		if (e == 0 && w->evicts)
-			e = evict(w, text);
+		e = prefill_chunk(w, tokens + done, n, cb, user, text);
 	}
-	w->prompt = w->pos;
+	w->prompt = w->staged = w->pos;
+	if (e == 0 && w->budget)
+		e = evict(w, KVG_EVICT_DECODE, &w->times.wait_ns, &w->times.evict_ns, text);
+	if (e == 0)
+		note_physical(w, &w->decode_max);
 	w->times.prefill_ns += now_ns() - begin;
 	w->times.prefill_tokens += w->pos;
 	return e;
 }
 
+/* ---- decoding ---- */
+
+/* Hands over what was gathered since the last event, which is committed. */
+static int stage_gathered(struct lm_worker *w, char *text)
+{
+	const struct lm_config *c = lm_model_config(w->model);
+
+	for (uint32_t layer = 0; layer < c->layers; layer++) {
+		int e = kvg_stage_hidden(w->client, w->seq, layer, w->staged, w->pos - w->staged,
+			w->gathered + (size_t)layer * LM_EVENT_TOKENS * c->hidden);
+
+		if (e < 0)
+			return client_error(w, e, text);
+	}
+	w->staged = w->pos;
+	return 0;
+}
+
+/* An event of the decode budget, and room for what comes after it; adds its time to *ns. */
+static int decode_event(struct lm_worker *w, uint64_t *ns, char *text)
+{
+	uint64_t begin = now_ns(), unused = 0;
+	int e = commit(w, text);
+
+	if (e == 0)
+		e = stage_gathered(w, text);
+	if (e == 0)
+		e = evict(w, KVG_EVICT_DECODE, &unused, &unused, text);
+	if (e == 0)
+		e = reserve_wanted(w, text);
+	*ns += now_ns() - begin;
+	return e;
+}
+
+/* Runs tokens after the prompt, with the events that fall among them; adds the events' time to *event_ns. */
+static int advance(struct lm_worker *w, const int32_t *tokens, uint32_t count, uint64_t *event_ns, char *text)
+{
+	int e = 0;
+
+	for (uint32_t n, done = 0; done < count && e == 0; done += n) {
+		uint32_t most = w->budget ? tokens_to_event(w) : count;
+
+		n = count - done < most ? count - done : most;
+		e = forward(w, tokens + done, n, w->budget ? gather : NULL, text);
+		if (e == 0 && w->budget && n == most)
+			e = decode_event(w, event_ns, text);
+	}
+	return e;
+}
+
 int lm_worker_feed(struct lm_worker *w, const int32_t *tokens, uint32_t count, char *text)
 {
-	return forward(w, tokens, count, false, text);
+	uint64_t unused = 0;
+
+	return advance(w, tokens, count, &unused, text);
 }
 
 int lm_worker_generate(struct lm_worker *w, int32_t *tokens, uint32_t limit, uint32_t *ret_count, char *text)
@@ -264,7 +427,7 @@ int lm_worker_generate(struct lm_worker *w, int32_t *tokens, uint32_t limit, uin
 		tokens[count++] = token;
 		if (token == LM_TOKEN_END || count == limit)
 			break;
-		e = forward(w, &token, 1, false, text);
+		e = advance(w, &token, 1, &w->times.decode_evict_ns, text);
 		if (e < 0)
 			return e;
 		w->times.decode_ns += now_ns() - begin;
@@ -274,16 +437,25 @@ int lm_worker_generate(struct lm_worker *w, int32_t *tokens, uint32_t limit, uin
 	return 0;
 }
 
+bool lm_worker_can_rewind(const struct lm_worker *w)
+{
+	return w->evicted <= w->prompt;
+}
+
 int lm_worker_rewind(struct lm_worker *w, char *text)
 {
-	int e = commit(w, text);
+	int e;
 
+	if (!lm_worker_can_rewind(w))
+		return lm_fail(text, -EINVAL, "no way back to %u tokens: the decode budget has evicted at %u",
+			w->prompt, w->evicted);
+	e = commit(w, text);
 	if (e < 0)
 		return e;
 	e = kvg_truncate(w->client, w->seq, w->prompt);
 	if (e < 0)
 		return client_error(w, e, text);
-	w->pos = w->committed = w->prompt;
+	w->pos = w->committed = w->staged = w->prompt;
 	return 0;
 }
 
@@ -291,17 +463,28 @@ int lm_worker_usage(struct lm_worker *w, struct lm_usage *ret, char *text)
 {
 	const struct lm_config *c = lm_model_config(w->model);
 	struct kvg_sequence_info info;
-	int e = kvg_query(w->client, w->seq, &info);
+	int e = commit(w, text);
 
+	if (e < 0)
+		return e;
+	e = kvg_query(w->client, w->seq, &info);
 	if (e < 0)
 		return client_error(w, e, text);
 	*ret = (struct lm_usage){.bytes_full = (uint64_t)w->pos * c->layers * c->kv_heads * w->pair_bytes,
 		.bytes_held = info.pairs * w->pair_bytes,
-		.bytes_physical = kvg_mapped_bytes(w->client)};
+		.bytes_physical = kvg_mapped_bytes(w->client),
+		.bytes_prompt_max = w->prompt_max,
+		.bytes_decode_max = w->decode_max};
 	return 0;
 }
 
 const struct lm_times *lm_worker_times(const struct lm_worker *w)
 {
 	return &w->times;
+}
+
+const struct lm_event *lm_worker_events(const struct lm_worker *w, uint32_t *ret_count)
+{
+	*ret_count = w->event_count;
+	return w->events;
 }

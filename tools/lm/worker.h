@@ -5,6 +5,10 @@
  * One sequence at a time: begin -> prefill -> { feed, generate, rewind } ... -> end.
  * KV is only ever in the daemon's memory. Every call returns 0 or a negative errno
  * with text (LM_TEXT bytes), which after -EPIPE says that the daemon is gone.
+ *
+ * With a decode budget (policy.budget) the sequence has events: one right after the prefill, and one after each token
+ * at a position that is a multiple of LM_EVENT_TOKENS, fed or generated. An event stages the hidden states gathered
+ * since the last one in one batch for each layer, and evicts down to the budget.
  */
 #ifndef KVG_LM_WORKER_H
 #define KVG_LM_WORKER_H
@@ -20,6 +24,8 @@
 #define LM_TOKEN_REPLY 259
 #define LM_TOKENS      261 /* least vocabulary: bytes and the pilot's special tokens */
 
+#define LM_EVENT_TOKENS 128u /* tokens from one event to the next */
+
 struct lm_worker_setup {
 	const char *socket;
 	const char *gate;       /* safetensors file; NULL: none */
@@ -32,16 +38,26 @@ struct lm_worker_setup {
 
 /* Sums over all sequences. */
 struct lm_times {
-	uint64_t prefill_ns;                  /* all of prefill, with the next three */
-	uint64_t stage_ns, wait_ns, evict_ns; /* handing over hidden states; waiting for scores; evicting */
-	uint64_t decode_ns;
+	uint64_t prefill_ns;                    /* all of prefill, with the next three */
+	uint64_t stage_ns, wait_ns, evict_ns;   /* handing over hidden states; waiting for scores; evicting */
+	uint64_t decode_ns;                     /* all steps of generating, with the next */
+	uint64_t decode_evict_ns;               /* their events: staging, waiting for scores, evicting */
 	uint64_t prefill_tokens, decode_tokens; /* a decode token is one step of one token */
+};
+
+/* What an event of the decode budget left. */
+struct lm_event {
+	uint32_t tokens; /* run so far */
+	uint64_t pairs, dropped;
+	uint64_t bytes_physical;
 };
 
 struct lm_usage {
 	uint64_t bytes_full;     /* KV of all tokens so far */
 	uint64_t bytes_held;     /* KV of the pairs that are held */
 	uint64_t bytes_physical; /* of the extents that the tenant is charged for this worker */
+	/* The most of that, as seen after each call that makes room or evicts: until the prefill's end, and since. */
+	uint64_t bytes_prompt_max, bytes_decode_max;
 };
 
 struct lm_worker;
@@ -63,10 +79,11 @@ typedef int (*lm_worker_chunk_cb)(void *user, uint32_t pos, uint32_t count);
 int lm_worker_prefill(
 	struct lm_worker *worker, const int32_t *tokens, uint32_t count, lm_worker_chunk_cb cb, void *user, char *text);
 
-/* Makes room for `tokens` tokens to come. */
+/* Makes room for `tokens` tokens to come; with a decode budget, for those before the next event, and there for the
+ * rest. */
 int lm_worker_reserve(struct lm_worker *worker, uint32_t tokens, char *text);
 
-/* Runs tokens after those so far, within the room reserved, without eviction. */
+/* Runs tokens after those so far, within the room reserved; nothing is evicted but by the decode budget's events. */
 int lm_worker_feed(struct lm_worker *worker, const int32_t *tokens, uint32_t count, char *text);
 
 /*
@@ -75,10 +92,14 @@ int lm_worker_feed(struct lm_worker *worker, const int32_t *tokens, uint32_t cou
  */
 int lm_worker_generate(struct lm_worker *worker, int32_t *tokens, uint32_t limit, uint32_t *ret_count, char *text);
 
-/* Forgets all tokens since the prefill. */
+/* Forgets all tokens since the prefill. Not possible (-EINVAL) once an event after the prefill has dropped pairs. */
+bool lm_worker_can_rewind(const struct lm_worker *worker);
 int lm_worker_rewind(struct lm_worker *worker, char *text);
 
 int lm_worker_usage(struct lm_worker *worker, struct lm_usage *ret, char *text);
 const struct lm_times *lm_worker_times(const struct lm_worker *worker);
+
+/* Events of the sequence since its begin; valid until the next call. */
+const struct lm_event *lm_worker_events(const struct lm_worker *worker, uint32_t *ret_count);
 
 #endif

@@ -91,6 +91,7 @@ int kvg_create(struct kvg_client *client, const struct kvg_policy *policy, uint6
 	fake.sequences = 1;
 	fake.policy = *policy;
 	fake.reserved_pos = fake.committed_pos = fake.evicted_pos = 0;
+	fake.staged_rows = 0;
 	*ret_seq = SEQ;
 	return 0;
 }
@@ -136,17 +137,35 @@ int kvg_stage_wait(struct kvg_client *client)
 	return 0;
 }
 
+/* After the prompt, all rows scored, and with no more room ahead than up to the next event. */
+static void check_decode_eviction(void)
+{
+	const struct kvg_policy *p = &fake.policy;
+
+	assert_true(p->budget > 0);
+	assert_true(fake.committed_pos >= p->prefix_tokens + p->context_tokens);
+	assert_int_equal(fake.staged_rows, (uint64_t)fake.committed_pos * fake.kv.config.layers);
+	assert_true(fake.reserved_pos <= fake.committed_pos + 128);
+	fake.decode_evictions++;
+}
+
 int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg_evict_result *ret)
 {
+	uint64_t pairs = (uint64_t)fake.committed_pos * fake.kv.config.layers * fake.kv.config.kv_heads;
+
 	(void)client;
-	(void)ret;
 	assert_int_equal(seq, SEQ);
-	assert_int_equal(mode, KVG_EVICT_PREFILL);
-	assert_int_equal(fake.policy.mode, KVG_MODE_CHUNKED);
+	if (mode == KVG_EVICT_PREFILL)
+		assert_int_equal(fake.policy.mode, KVG_MODE_CHUNKED);
+	else
+		check_decode_eviction();
 	if (fake.fail_evict)
 		return fake.fail_evict;
 	assert_in_range(fake.evictions, 0, 15);
-	fake.evicted_at[fake.evictions++] = fake.evicted_pos = fake.committed_pos;
+	fake.evicted_at[fake.evictions++] = fake.committed_pos;
+	if (mode == KVG_EVICT_PREFILL || fake.drops)
+		fake.evicted_pos = fake.committed_pos;
+	*ret = (struct kvg_evict_result){.pairs_held = pairs, .pairs_dropped = fake.drops};
 	return 0;
 }
 
@@ -156,6 +175,8 @@ int kvg_truncate(struct kvg_client *client, uint64_t seq, uint32_t pos)
 	assert_int_equal(seq, SEQ);
 	assert_in_range(pos, fake.evicted_pos, fake.committed_pos);
 	fake.committed_pos = pos;
+	if (fake.staged_rows > (uint64_t)pos * fake.kv.config.layers)
+		fake.staged_rows = (uint64_t)pos * fake.kv.config.layers;
 	fake.truncates++;
 	return 0;
 }

@@ -17,9 +17,10 @@ struct fake_kvgate {
 	struct kvg_policy policy; /* of the last create */
 	int connected, sequences;
 	uint32_t reserved_pos, committed_pos, evicted_pos;
-	unsigned creates, evictions, truncates, stages, gates;
+	unsigned creates, evictions, decode_evictions, truncates, stages, gates;
+	uint64_t drops;          /* what a decode eviction says that it dropped; the pairs stay */
 	uint32_t evicted_at[16]; /* committed position at each eviction */
-	uint64_t staged_rows;
+	uint64_t staged_rows;    /* of the sequence, all layers */
 	int fail_gate, fail_create, fail_stage, fail_evict; /* what that call returns, when not 0 */
 };
 

@@ -40,9 +40,43 @@ static void test_counts_right_and_wrong(void **state)
 	assert_int_equal(report.usage.bytes_held, report.usage.bytes_full);
 	assert_int_equal(report.usage.bytes_physical, 2 * 12345);
 	assert_int_equal(b->fake->creates, 2);
-	assert_int_equal(b->fake->truncates, 4);
+	assert_int_equal(b->fake->truncates, 2);
 	assert_int_equal(b->fake->evictions, 2 * ((1 + strlen(CONTEXT) + 99) / 100));
 	assert_int_equal(b->fake->sequences, 0);
+}
+
+/* The event at 257 tokens falls into each query: when it drops pairs, the context is read once for each. */
+static void test_queries_stay_independent_under_a_decode_budget(void **state)
+{
+	struct bench *b = *state;
+	struct lm_query queries[] = {{.name = bytes("BAKUMI"), .code = bytes("48213")},
+		{.name = bytes("DAKO"), .code = bytes("0612")}, {.name = bytes("BAKUMI"), .code = bytes("48213")}};
+	struct lm_needle needle = {.line = 1, .queries = queries, .query_count = 3};
+	struct lm_needles needles = {.list = &needle, .count = 1};
+	struct lm_options options = {.ratio = 1.0, .chunk = 1000, .decode_budget = 132};
+	struct lm_bytes text = bytes(CONTEXT);
+	struct lm_report report;
+	uint8_t context[252];
+
+	memset(context, '.', sizeof(context));
+	memcpy(context + sizeof(context) - text.size, text.data, text.size);
+	needle.context = (struct lm_bytes){.data = context, .size = sizeof(context)};
+	bench_open(b, 400, "g");
+	for (unsigned drops = 0; drops < 2; drops++) {
+		b->fake->drops = drops;
+		b->fake->creates = b->fake->truncates = b->fake->evictions = 0;
+		if (lm_evaluate(b->worker, &options, &needles, &report, b->text) < 0)
+			fail_msg("%s", b->text);
+		assert_int_equal(report.contexts, 1);
+		assert_int_equal(report.queries, 3);
+		assert_int_equal(report.correct, 3);
+		assert_int_equal(b->fake->creates, drops ? 3 : 1);
+		assert_int_equal(b->fake->truncates, drops ? 0 : 2);
+		assert_int_equal(b->fake->evictions, drops ? 6 : 4);
+		assert_int_equal(b->fake->sequences, 0);
+	}
+	assert_int_equal(b->fake->evicted_at[0], 253);
+	assert_int_equal(b->fake->evicted_at[1], 257);
 }
 
 static void test_context_longer_than_the_model(void **state)
@@ -86,6 +120,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		TEST(test_counts_right_and_wrong),
+		TEST(test_queries_stay_independent_under_a_decode_budget),
 		TEST(test_context_longer_than_the_model),
 		TEST(test_refused_context),
 	};

@@ -64,6 +64,8 @@ static void test_defaults(void **state)
 	assert_int_equal(o.floor, 0);
 	assert_int_equal(o.kv_dtype, KVG_BF16);
 	assert_int_equal(o.generate, 200);
+	assert_false(o.generate_given);
+	assert_int_equal(o.decode_budget, 0);
 	assert_true(o.threads >= 1);
 	assert_false(o.json || o.help || o.version);
 	assert_int_equal(parse("kvgate-lm --help", &o, text), 0);
@@ -83,7 +85,19 @@ static void test_wrong_usage_is_named(void **state)
 		{"--socket S --model M --needles N --text T", "is needed, not 2"},
 		{"--socket S --model M --needles N --ratio 0.5", "--gate is missing: ratio 0.5"},
 		{"--socket S --model M --gate G --golden N --ratio 0.5", "--golden compares at ratio 1, not 0.5"},
-		{"--socket S --model M --text T --json", "--json goes with --needles only"},
+		{"--socket S --model M --golden N --json", "--json goes with --needles or --text, not with --golden"},
+		{"--socket S --model M --golden N --generate 5", "--generate goes with --needles or --text"},
+		{"--socket S --model M --gate G --golden N --decode-budget 200",
+			"--decode-budget goes with --needles or"},
+		{"--socket S --model M --text T --decode-budget 200", "--gate is missing: decode budget 200"},
+		{"--decode-budget 131", "--decode-budget is '131', not a whole number from 132 to 16777216"},
+		{"--decode-budget 0", "--decode-budget is '0', not a whole number from 132 to 16777216"},
+		{"--decode-budget 16777217", "--decode-budget is '16777217'"},
+		{"--decode-budget many", "--decode-budget is 'many'"},
+		{"--decode-budget -200", "--decode-budget is '-200'"},
+		{"--decode-budget 200.5", "--decode-budget is '200.5'"},
+		{"--decode-budget", "option --decode-budget needs a value"},
+		{"--generate 0", "--generate is '0'"},
 		{"--ratio 0", "--ratio is '0', not a number above 0 and at most 1"},
 		{"--ratio 1.01", "--ratio is '1.01'"},
 		{"--ratio nan", "--ratio is 'nan'"},
@@ -138,17 +152,28 @@ static void test_policy(void **state)
 	assert_int_equal(p.max_new_tokens, 26);
 	assert_int_equal(p.window, 4096);
 	assert_int_equal(p.floor, 4);
+	assert_int_equal(p.budget, 0);
 	assert_int_equal(parse("kvgate-lm --socket S --model M --needles N --window 4096", &o, text), 0);
 	p = lm_options_policy(&o, 1, 1);
 	assert_int_equal(p.mode, KVG_MODE_OFF);
 	assert_int_equal(p.flags, KVG_POLICY_WINDOW_ABSOLUTE);
+	assert_int_equal(parse("kvgate-lm --socket S --model M --gate G --needles N --decode-budget 132 --generate 9 "
+			       "--json",
+				 &o, text),
+		0);
+	assert_true(o.generate_given);
+	p = lm_options_policy(&o, 1, o.generate);
+	assert_int_equal(p.mode, KVG_MODE_OFF);
+	assert_int_equal(p.budget, 132);
+	assert_int_equal(p.max_new_tokens, 9);
 }
 
 static void test_help_names_every_option(void **state)
 {
 	static const char *const names[] = {"--socket PATH", "--model DIR", "--gate FILE", "--needles FILE",
 		"--text FILE", "--golden FILE", "--ratio R", "--level LEVEL", "--chunk N", "--window N", "--floor N",
-		"--kv-dtype TYPE", "--limit N", "--generate N", "--threads N", "--json", "--help", "--version"};
+		"--kv-dtype TYPE", "--limit N", "--generate N", "--decode-budget B", "--threads N", "--json", "--help",
+		"--version"};
 	char *help = NULL;
 	size_t size = 0;
 	FILE *out = open_memstream(&help, &size);

@@ -45,12 +45,13 @@ static void test_json(void **state)
 	assert_int_equal(fclose(out), 0);
 	assert_ptr_equal(strchr(written, '\n'), written + size - 1);
 	object = json_loads(written, 0, NULL);
-	assert_int_equal(json_object_size(object), 11);
+	assert_int_equal(json_object_size(object), 12);
 	assert_true(number(object, "queries") == 16.0);
 	assert_true(number(object, "correct") == 15.0);
 	assert_true(number(object, "accuracy") == 0.9375);
 	assert_true(number(object, "ratio") == 0.3);
 	assert_string_equal(json_string_value(json_object_get(object, "level")), "pair-head");
+	assert_true(number(object, "decode_budget") == 0.0);
 	assert_true(number(object, "kv_bytes_full") == 1000.0);
 	assert_true(number(object, "kv_bytes_held") == 301.0);
 	assert_true(number(object, "physical_bytes") == 262144.0);
@@ -90,12 +91,99 @@ static void test_text(void **state)
 	free(written);
 }
 
+static struct lm_event events[] = {{.tokens = 300, .pairs = 6144, .dropped = 1056, .bytes_physical = 1048576},
+	{.tokens = 385, .pairs = 6145, .dropped = 2039, .bytes_physical = 786432}};
+
+static struct lm_generation generation[] = {{.prompt = 300,
+						    .tokens = (int32_t[]){97, 257},
+						    .count = 2,
+						    .events = events,
+						    .event_count = 2,
+						    .usage = {.bytes_full = 4000,
+							    .bytes_held = 3000,
+							    .bytes_physical = 5000,
+							    .bytes_prompt_max = 7000,
+							    .bytes_decode_max = 6000}},
+	{.prompt = 2, .tokens = (int32_t[]){98}, .count = 1}};
+
+static const struct lm_generations generations = {.list = generation,
+	.count = 2,
+	.times = {.decode_ns = 500000000, .decode_evict_ns = 10000000, .decode_tokens = 100}};
+
+static void test_generations_as_json(void **state)
+{
+	struct lm_options o = {.ratio = 0.5, .decode_budget = 256};
+	char *written = NULL;
+	size_t size = 0;
+	FILE *out = open_memstream(&written, &size);
+	const json_t *one, *event;
+	json_t *object;
+
+	(void)state;
+	assert_non_null(out);
+	assert_int_equal(lm_report_generations_json(&generations, &o, out), 0);
+	assert_int_equal(fclose(out), 0);
+	assert_ptr_equal(strchr(written, '\n'), written + size - 1);
+	object = json_loads(written, 0, NULL);
+	assert_int_equal(json_object_size(object), 9);
+	assert_true(number(object, "contexts") == 2.0);
+	assert_true(number(object, "decode_budget") == 256.0);
+	assert_true(number(object, "decode_tokens") == 100.0);
+	assert_true(fabs(number(object, "decode_tokens_per_s") - 200.0) < 1e-6);
+	assert_true(fabs(number(object, "decode_evict_share") - 0.02) < 1e-9);
+	one = json_array_get(json_object_get(object, "generations"), 0);
+	assert_int_equal(json_object_size(one), 9);
+	assert_true(number(one, "prompt_tokens") == 300.0);
+	assert_true(number(one, "kv_bytes_full") == 4000.0);
+	assert_true(number(one, "kv_bytes_held") == 3000.0);
+	assert_true(number(one, "physical_bytes") == 5000.0);
+	assert_true(number(one, "physical_bytes_prompt_max") == 7000.0);
+	assert_true(number(one, "physical_bytes_decode_max") == 6000.0);
+	assert_int_equal(json_array_size(json_object_get(one, "tokens")), 2);
+	assert_int_equal(json_integer_value(json_array_get(json_object_get(one, "tokens"), 1)), 257);
+	assert_int_equal(json_array_size(json_object_get(one, "events")), 2);
+	event = json_array_get(json_object_get(one, "events"), 1);
+	assert_true(number(event, "tokens") == 385.0);
+	assert_true(number(event, "pairs") == 6145.0);
+	assert_true(number(event, "dropped") == 2039.0);
+	assert_true(number(event, "physical_bytes") == 786432.0);
+	one = json_array_get(json_object_get(object, "generations"), 1);
+	assert_int_equal(json_array_size(json_object_get(one, "events")), 0);
+	/* FNV-1a of the bytes 62 00 00 00 */
+	assert_string_equal(json_string_value(json_object_get(one, "hash")), "8c704f9b10f11f37");
+	json_decref(object);
+	free(written);
+}
+
+static void test_generations_as_text(void **state)
+{
+	struct lm_options o = {.ratio = 1.0, .decode_budget = 256};
+	char *written = NULL;
+	size_t size = 0;
+	FILE *out = open_memstream(&written, &size);
+
+	(void)state;
+	assert_non_null(out);
+	lm_report_generations_text(&generations, &o, out);
+	assert_int_equal(fclose(out), 0);
+	assert_non_null(strstr(written, "ratio 1, level pair, decode budget 256: continuations of 2 contexts\n"));
+	assert_non_null(strstr(written, "context 1: 300 tokens, 2 generated, hash "));
+	assert_non_null(strstr(written, "4000 bytes full, 3000 held; physical 5000, at most 7000 with the prompt and "
+					"6000 after it\n"));
+	assert_non_null(strstr(written, "after 385 tokens: 6145 pairs held, 2039 dropped, 786432 bytes physical\n"));
+	assert_non_null(strstr(written, "context 2: 2 tokens, 1 generated, hash 8c704f9b10f11f37\n"));
+	assert_non_null(strstr(written, "decode: 0.50 s, 200 tokens/s; events 2.0%\n"));
+	free(written);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_json),
 		cmocka_unit_test(test_json_to_a_full_disk),
 		cmocka_unit_test(test_text),
+		cmocka_unit_test(test_generations_as_json),
+		cmocka_unit_test(test_generations_as_text),
 	};
 
 	return runner_run("tools/lm/report", tests, sizeof(tests) / sizeof(tests[0]));

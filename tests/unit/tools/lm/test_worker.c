@@ -1,6 +1,7 @@
 #include "tools/lm/worker.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -115,6 +116,129 @@ static void test_generate_and_rewind(void **state)
 	assert_memory_equal(first, again, count * sizeof(*first));
 }
 
+static struct kvg_policy budgeted(void)
+{
+	struct kvg_policy policy = chunked;
+
+	policy.mode = KVG_MODE_OFF;
+	policy.budget = 200;
+	policy.max_new_tokens = 300;
+	return policy;
+}
+
+/* Right after the prompt, and after each position that is a multiple of 128, whether tokens are fed or generated. */
+static void test_a_decode_budget_has_its_events(void **state)
+{
+	static const uint32_t at[] = {300, 385, 513};
+	struct bench *b = *state;
+	struct kvg_policy policy = budgeted();
+	const struct lm_event *events;
+	int32_t query[100] = {0}, tokens[114];
+	uint32_t count = 0;
+
+	bench_open(b, 600, "g");
+	b->fake->drops = 7;
+	prefill(b, &policy);
+	assert_int_equal(b->fake->decode_evictions, 1);
+	assert_int_equal(lm_worker_reserve(b->worker, 300, b->text), 0);
+	assert_int_equal(b->fake->reserved_pos, 385);
+	assert_int_equal(lm_worker_feed(b->worker, query, 84, b->text), 0);
+	assert_int_equal(b->fake->decode_evictions, 1);
+	assert_int_equal(lm_worker_feed(b->worker, query, 100, b->text), 0);
+	assert_int_equal(b->fake->decode_evictions, 2);
+	assert_int_equal(b->fake->reserved_pos, 513);
+	assert_int_equal(lm_worker_generate(b->worker, tokens, 30, &count, b->text), 0);
+	assert_int_equal(count, 30);
+	assert_int_equal(b->fake->decode_evictions, 3);
+	assert_true(lm_worker_times(b->worker)->decode_evict_ns > 0);
+	assert_true(lm_worker_times(b->worker)->decode_evict_ns < lm_worker_times(b->worker)->decode_ns);
+	events = lm_worker_events(b->worker, &count);
+	assert_int_equal(count, 3);
+	for (uint32_t i = 0; i < 3; i++) {
+		assert_int_equal(b->fake->evicted_at[i], at[i]);
+		assert_int_equal(events[i].tokens, at[i]);
+		assert_int_equal(events[i].pairs, at[i] * 24);
+		assert_int_equal(events[i].dropped, 7);
+		assert_int_equal(events[i].bytes_physical, 12345);
+	}
+	assert_int_equal(lm_worker_end(b->worker, b->text), 0);
+	prefill(b, &policy);
+	(void)lm_worker_events(b->worker, &count);
+	assert_int_equal(count, 1);
+}
+
+static float bf16(uint16_t bits)
+{
+	uint32_t wide = (uint32_t)bits << 16;
+	float value;
+
+	memcpy(&value, &wide, sizeof(value));
+	return value;
+}
+
+/* What is gathered token by token is what a prefill of the same tokens stages, at the same places. */
+static void test_gathered_hidden_states_are_those_of_their_tokens(void **state)
+{
+	struct bench *b = *state;
+	struct kvg_policy policy = budgeted();
+	size_t row = 256, layer = 600 * row, size = 6 * layer;
+	uint16_t *gathered = malloc(size * sizeof(*gathered));
+	int32_t *tokens = calloc(600, sizeof(*tokens)), *prompt = make_prompt();
+	uint32_t count = 0;
+
+	assert_true(gathered && tokens);
+	memcpy(tokens, prompt, (PROMPT_BYTES + 1) * sizeof(*tokens));
+	bench_open(b, 600, "g");
+	prefill(b, &policy);
+	assert_int_equal(lm_worker_reserve(b->worker, 214, b->text), 0);
+	assert_int_equal(lm_worker_generate(b->worker, tokens + 300, 214, &count, b->text), 0);
+	assert_int_equal(count, 214);
+	assert_int_equal(b->fake->staged_rows, 6 * 513);
+	memcpy(gathered, b->fake->kv.hidden, size * sizeof(*gathered));
+	assert_int_equal(lm_worker_end(b->worker, b->text), 0);
+	memset(b->fake->kv.hidden, 0, size * sizeof(*gathered));
+	policy.context_tokens = 512;
+	policy.max_new_tokens = 0;
+	assert_int_equal(lm_worker_begin(b->worker, &policy, b->text), 0);
+	assert_int_equal(lm_worker_prefill(b->worker, tokens, 513, NULL, NULL, b->text), 0);
+	for (size_t i = 0; i < size; i++) {
+		float is = bf16(gathered[i]), should = bf16(b->fake->kv.hidden[i]);
+
+		if (!(fabsf(is - should) <= 0.02f * fabsf(should) + 0.01f))
+			fail_msg("layer %zu token %zu element %zu: %g, not %g", i / layer, i % layer / row, i % row,
+				(double)is, (double)should);
+	}
+	free(gathered);
+	free(tokens);
+	free(prompt);
+}
+
+/* There is a way back as long as no event after the prompt has dropped anything. */
+static void test_rewinding_under_a_budget(void **state)
+{
+	struct bench *b = *state;
+	struct kvg_policy policy = budgeted();
+	int32_t query[90] = {0};
+
+	bench_open(b, 600, "g");
+	prefill(b, &policy);
+	for (unsigned round = 0; round < 2; round++) {
+		assert_int_equal(lm_worker_reserve(b->worker, 90, b->text), 0);
+		assert_int_equal(lm_worker_feed(b->worker, query, 90, b->text), 0);
+		assert_int_equal(b->fake->decode_evictions, 2 + round);
+		assert_true(lm_worker_can_rewind(b->worker));
+		assert_int_equal(lm_worker_rewind(b->worker, b->text), 0);
+		assert_int_equal(b->fake->committed_pos, 300);
+	}
+	b->fake->drops = 1;
+	assert_int_equal(lm_worker_feed(b->worker, query, 84, b->text), 0);
+	assert_true(lm_worker_can_rewind(b->worker));
+	assert_int_equal(lm_worker_feed(b->worker, query, 1, b->text), 0);
+	assert_false(lm_worker_can_rewind(b->worker));
+	assert_int_equal(lm_worker_rewind(b->worker, b->text), -EINVAL);
+	assert_string_equal(b->text, "no way back to 300 tokens: the decode budget has evicted at 385");
+}
+
 static void test_usage(void **state)
 {
 	struct bench *b = *state;
@@ -126,6 +250,8 @@ static void test_usage(void **state)
 	assert_int_equal(usage.bytes_full, 300 * 6 * 4 * (32 + 32) * 4);
 	assert_int_equal(usage.bytes_held, usage.bytes_full);
 	assert_int_equal(usage.bytes_physical, 12345);
+	assert_int_equal(usage.bytes_prompt_max, 12345);
+	assert_int_equal(usage.bytes_decode_max, 12345);
 }
 
 /* Tokens beyond the room that was reserved are refused by the library, on the pool's threads. */
@@ -208,6 +334,9 @@ int main(void)
 		TEST(test_prefill_evicts_after_each_chunk),
 		TEST(test_without_eviction_nothing_is_staged),
 		TEST(test_generate_and_rewind),
+		TEST(test_a_decode_budget_has_its_events),
+		TEST(test_gathered_hidden_states_are_those_of_their_tokens),
+		TEST(test_rewinding_under_a_budget),
 		TEST(test_usage),
 		TEST(test_no_room),
 		TEST(test_failures_carry_the_library_s_words),
