@@ -37,6 +37,11 @@ void kvg_set_spin(struct kvg_client *client, uint32_t microseconds)
 	client->spin_us = microseconds;
 }
 
+uint64_t kvg_arena_bytes(const struct kvg_client *client)
+{
+	return client->arena.slots * client->arena.extent_size;
+}
+
 uint64_t kvg_mapped_bytes(const struct kvg_client *client)
 {
 	return client->arena.mapped_count * client->arena.extent_size;
@@ -171,6 +176,16 @@ static void free_pending(struct kvg_client *client)
 	}
 }
 
+static void free_client(struct kvg_client *client)
+{
+	free_pending(client);
+	free(client->entries);
+	free(client->ready);
+	free(client->sequences);
+	free(client->tenant);
+	free(client);
+}
+
 struct kvg_client *kvg_close(struct kvg_client *client)
 {
 	if (!client)
@@ -185,12 +200,24 @@ struct kvg_client *kvg_close(struct kvg_client *client)
 	ring_deinit(&client->ring);
 	if (client->socket >= 0)
 		(void)close(client->socket);
-	free_pending(client);
-	free(client->entries);
-	free(client->ready);
-	free(client->sequences);
-	free(client->tenant);
-	free(client);
+	free_client(client);
+	return NULL;
+}
+
+/* Mappings are left alone: none was taken over by fork() (MADV_DONTFORK), and the addresses may be another's by now. */
+struct kvg_client *kvg_abandon(struct kvg_client *client)
+{
+	if (!client)
+		return NULL;
+	gpu_abandon(client);
+	client_reply_free(client);
+	if (client->ring.doorbell >= 0)
+		(void)close(client->ring.doorbell);
+	if (client->socket >= 0)
+		(void)close(client->socket);
+	free(client->arena.mapped);
+	staging_deinit(&client->staging);
+	free_client(client);
 	return NULL;
 }
 

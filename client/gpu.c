@@ -458,3 +458,30 @@ void gpu_close(struct kvg_client *client)
 	free(gpu);
 	client->gpu = NULL;
 }
+
+static void forget_scratch(struct gpu_scratch *scratch)
+{
+	while (scratch->old) {
+		struct gpu_old *old = scratch->old;
+
+		scratch->old = old->next;
+		free(old);
+	}
+}
+
+/* What the driver has made is of no use here, and freeing it would call the driver: it goes when the process ends. */
+void gpu_abandon(struct kvg_client *client)
+{
+	struct gpu *gpu = client->gpu;
+
+	if (!gpu)
+		return;
+	forget_scratch(&gpu->plan);
+	forget_scratch(&gpu->scratch);
+	staging_deinit(&gpu->staging);
+	if (gpu->kick >= 0)
+		(void)close(gpu->kick);
+	free(gpu->slots);
+	free(gpu);
+	client->gpu = NULL;
+}

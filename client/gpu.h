@@ -120,6 +120,9 @@ void gpu_stop(struct kvg_client *client);
 /* Waits for the device, unmaps and frees everything; client->gpu is NULL then. */
 void gpu_close(struct kvg_client *client);
 
+/* In a forked child: closes and frees what is not the driver's. Calls no driver, takes no lock. */
+void gpu_abandon(struct kvg_client *client);
+
 /* Fills the entry's wait_value and signal_value and enqueues what they stand for. 0, or a negative errno with
  * kvg_error(). */
 int gpu_order(struct kvg_client *client, struct kvg_sqe *sqe);

@@ -44,6 +44,11 @@ void gpu_close(struct kvg_client *client)
 	(void)client;
 }
 
+void gpu_abandon(struct kvg_client *client)
+{
+	(void)client;
+}
+
 int gpu_order(struct kvg_client *client, struct kvg_sqe *sqe)
 {
 	(void)sqe;

@@ -88,6 +88,14 @@ int kvg_connect(const char *socket_path, const char *name, struct kvg_client **r
 /* Frees all sequences, unmaps everything, closes. NULL is fine; returns NULL. */
 struct kvg_client *kvg_close(struct kvg_client *client);
 
+/*
+ * For a child that fork() made while the client was connected: closes its copies of the client's descriptors and frees
+ * its copy of the client, without a word to the daemon or to a GPU's driver; the parent goes on with its own. Any other
+ * call in the child is undefined: the memory shared with the daemon is not mapped there. Not for the process that
+ * connected. NULL is fine; returns NULL.
+ */
+struct kvg_client *kvg_abandon(struct kvg_client *client);
+
 /* What the last failed call of this client says; "" before the first. Valid until the next call. */
 const char *kvg_error(const struct kvg_client *client);
 
@@ -169,7 +177,8 @@ int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg
  * but kvg_reserve_async(), are refused with -EBUSY. On the cuda kind it returns at once and the client's stream
  * waits for the eviction: kernels enqueued behind it find the new tables. The CPU may go on enqueuing, also
  * when a kernel is loaded for the first time or the queue is full: a thread of the library ends the wait. Errors of
- * rows staged before are kvg_stage_wait()'s to report. -ENOENT: there is no first half.
+ * rows staged before are kvg_stage_wait()'s to report. -ENOENT: there is no first half. The second half does not wait
+ * until the freed extents, which are unmapped here, are back in the pool: kvg_return_memory() does.
  */
 int kvg_evict_async(struct kvg_client *client, uint64_t seq, uint32_t mode);
 int kvg_evict_finish(struct kvg_client *client, uint64_t seq, struct kvg_evict_result *ret);
@@ -241,6 +250,10 @@ struct kvg_view {
 	uint32_t layers, heads, max_sequences, row_cap;
 };
 int kvg_view(const struct kvg_client *client, struct kvg_view *ret);
+
+/* Bytes of addresses from k_base on in which extents come and go: ids are below kvg_arena_bytes() / stride. 0 before a
+ * layout is registered. */
+uint64_t kvg_arena_bytes(const struct kvg_client *client);
 
 /* ---- KV in place (host kind; -EOPNOTSUPP on cuda) ---- */
 

@@ -1,4 +1,5 @@
 /* A worker killed at any moment: its bytes are back in the pool within a second, and nobody else notices. */
+#include <dirent.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
@@ -158,6 +159,69 @@ static int with_a_child(int fd, void *socket)
 		_exit(0);
 	}
 	fall_asleep(fd);
+}
+
+static int count_descriptors(void)
+{
+	DIR *dir = opendir("/proc/self/fd");
+	int count = 0;
+
+	must(dir, "/proc/self/fd");
+	while (readdir(dir))
+		count++;
+	(void)closedir(dir);
+	return count;
+}
+
+/* Lets go of the client, and lives until its parent closes the pipe. */
+static _Noreturn void abandoning_child(int fd, struct kvg_client *client, const int pipe_fds[2], int descriptors)
+{
+	char byte;
+
+	(void)close(pipe_fds[1]);
+	must(kvg_abandon(client) == NULL, "abandon");
+	must(count_descriptors() == descriptors - 1, "a descriptor of the client's is left");
+	process_say(fd, 'c');
+	(void)read(pipe_fds[0], &byte, 1);
+	_exit(0);
+}
+
+/* Goes on when told, while its child lives. */
+static int with_a_child_that_abandons(int fd, void *socket)
+{
+	struct kvg_policy policy = kv_policy(1000, 0.3, 30);
+	struct kvg_layout layout;
+	struct kvg_sequence_info info;
+	struct kvg_client *client;
+	struct kv kv;
+	int pipe_fds[2], descriptors, status;
+	pid_t child;
+
+	must(pipe(pipe_fds) == 0, "pipe");
+	descriptors = count_descriptors();
+	client = victim_connect(socket, &layout);
+	must(kv_create(&kv, client, &layout, &policy, 1) == 0, kvg_error(client));
+	must(kv_feed(&kv, 1001, 1) == 0, "feed");
+	must(kvg_reserve_async(client, kv.id, 100) == 0, kvg_error(client));
+	must(kvg_query(client, kv.id, &info) == 0, kvg_error(client));
+	process_say(fd, 'r');
+	(void)process_listen(fd);
+	child = fork();
+	if (child == 0)
+		abandoning_child(fd, client, pipe_fds, descriptors);
+	(void)process_listen(fd);
+	must(kvg_reserve_finish(client, kv.id) == 0, kvg_error(client));
+	must(kv_evict(&kv, KVG_EVICT_PREFILL) == 0, "evict");
+	must(kv_check(&kv) == 0, "content");
+	must(kv_feed(&kv, 20, 2) == 0, "feed");
+	must(kv_check(&kv) == 0, "content");
+	must(kv_free(&kv) == 0, "free");
+	(void)kvg_close(client);
+	process_say(fd, 'd');
+	(void)process_listen(fd);
+	(void)close(pipe_fds[1]);
+	must(waitpid(child, &status, 0) == child && status == 0, "the child");
+	return 0;
 }
 
 /* Another tenant's worker that must not notice anything: works when told, and says so. */
@@ -321,6 +385,33 @@ static void test_a_worker_whose_child_still_maps_the_memory(void **state)
 	assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 0), 0);
 }
 
+static void test_a_worker_whose_child_abandons_the_client(void **state)
+{
+	struct fixture_usage before, after;
+	struct process victim;
+	struct scene scene;
+
+	(void)state;
+	scene_open(&scene);
+	process_fork(&victim, with_a_child_that_abandons, scene.victim_path);
+	assert_int_equal(process_hear(&victim), 'r');
+	fixture_tenant(&scene.fixture, "victim", &before);
+	process_tell(&victim, 'f');
+	assert_int_equal(process_hear(&victim), 'c');
+	fixture_tenant(&scene.fixture, "victim", &after);
+	assert_true(before.charged > 0);
+	assert_int_equal(after.charged, before.charged);
+	assert_int_equal(after.promised, before.promised);
+	assert_int_equal(after.unreturned, before.unreturned);
+	assert_int_equal(after.workers, 1);
+	assert_int_equal(after.sequences, 1);
+	process_tell(&victim, 'g');
+	assert_int_equal(process_hear(&victim), 'd');
+	check_back(&scene);
+	process_finish(&victim);
+	scene_close(&scene);
+}
+
 static void test_a_worker_that_goes_without_closing_anything(void **state)
 {
 	struct scene scene;
@@ -346,6 +437,7 @@ int main(void)
 		cmocka_unit_test(test_a_worker_amid_staging),
 		cmocka_unit_test(test_a_worker_amid_evicting),
 		cmocka_unit_test(test_a_worker_whose_child_still_maps_the_memory),
+		cmocka_unit_test(test_a_worker_whose_child_abandons_the_client),
 		cmocka_unit_test(test_a_worker_that_goes_without_closing_anything),
 	};
 

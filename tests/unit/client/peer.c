@@ -1,5 +1,6 @@
 #include "tests/unit/client/peer.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -10,6 +11,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 /* Not cmocka's assert: this runs in the peer's thread too. */
@@ -641,4 +643,31 @@ struct kvg_client *peer_connect(struct peer *peer, uint32_t spin)
 		abort();
 	}
 	return client;
+}
+
+static int count_descriptors(void)
+{
+	DIR *dir = opendir("/proc/self/fd");
+	int count = 0;
+
+	while (dir && readdir(dir))
+		count++;
+	if (dir)
+		(void)closedir(dir);
+	return count;
+}
+
+_Noreturn void peer_child(struct kvg_client *client, int closed)
+{
+	int before = count_descriptors();
+	bool done = kvg_abandon(client) == NULL;
+
+	_exit(done && count_descriptors() == before - closed ? 0 : 1);
+}
+
+bool peer_child_ended(pid_t child)
+{
+	int status;
+
+	return waitpid(child, &status, 0) == child && status == 0;
 }

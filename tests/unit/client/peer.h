@@ -17,6 +17,7 @@
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "client/kvgate.h"
 #include "control.pb-c.h"
@@ -113,5 +114,11 @@ struct kvg_client *peer_hello(struct peer *peer, uint32_t spin);
 
 /* The same, and registers; spin in microseconds. */
 struct kvg_client *peer_connect(struct peer *peer, uint32_t spin);
+
+/* In a forked child: abandons the client and ends, with status 0 when that closed so many descriptors. */
+_Noreturn void peer_child(struct kvg_client *client, int closed);
+
+/* Whether that child ended with status 0. */
+bool peer_child_ended(pid_t child);
 
 #endif

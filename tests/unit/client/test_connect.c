@@ -42,6 +42,7 @@ static void connects_and_registers(void **state)
 	assert_int_equal(view.v_base - view.k_base, PEER_EXTENT / 2);
 	assert_int_equal(view.stride, PEER_STRIDE);
 	assert_int_equal(view.row_cap, PEER_ROW_CAP);
+	assert_int_equal(kvg_arena_bytes(client), PEER_SLOTS * PEER_EXTENT);
 	assert_int_equal(kvg_register(client, &layout, PEER_STAGING_ROWS), -EALREADY);
 	assert_non_null(strstr(kvg_error(client), "layout tiny"));
 	assert_null(kvg_close(client));
@@ -347,6 +348,52 @@ static void loads_a_gate(void **state)
 	peer_free(peer);
 }
 
+/* Also with calls under way. */
+static void is_abandoned_by_a_child(void **state)
+{
+	const struct kvg_policy policy = {.ratio = 0.5, .mode = KVG_MODE_CHUNKED};
+	struct peer *peer = peer_new();
+	struct kvg_client *client = peer_connect(peer, 0);
+	uint64_t seq;
+	pid_t child;
+
+	(void)state;
+	assert_null(kvg_abandon(NULL));
+	assert_int_equal(kvg_create(client, &policy, &seq), 0);
+	assert_int_equal(kvg_reserve(client, seq, 20), 0);
+	assert_int_equal(kvg_evict_async(client, seq, KVG_EVICT_PREFILL), 0);
+	assert_int_equal(kvg_reserve_async(client, seq, 20), 0);
+	child = fork();
+	if (child == 0)
+		peer_child(client, 2);
+	assert_true(peer_child_ended(child));
+	assert_int_equal(kvg_evict_finish(client, seq, NULL), 0);
+	assert_int_equal(kvg_reserve_finish(client, seq), 0);
+	assert_int_equal(kvg_free(client, seq), 0);
+	assert_int_equal(kvg_mapped_bytes(client), 0);
+	(void)kvg_close(client);
+	peer_stop(peer);
+	peer_free(peer);
+}
+
+static void is_abandoned_without_a_layout(void **state)
+{
+	struct peer *peer = peer_new();
+	struct kvg_client *client = peer_hello(peer, 0);
+	pid_t child;
+
+	(void)state;
+	assert_int_equal(kvg_arena_bytes(client), 0);
+	child = fork();
+	if (child == 0)
+		peer_child(client, 2);
+	assert_true(peer_child_ended(child));
+	assert_int_equal(kvg_nop(client), 0);
+	(void)kvg_close(client);
+	peer_stop(peer);
+	peer_free(peer);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -357,6 +404,8 @@ int main(void)
 		cmocka_unit_test(refuses_layouts_of_unequal_groups),
 		cmocka_unit_test(refuses_the_cuda_calls_by_name),
 		cmocka_unit_test(loads_a_gate),
+		cmocka_unit_test(is_abandoned_by_a_child),
+		cmocka_unit_test(is_abandoned_without_a_layout),
 	};
 
 	return runner_run("connect", tests, sizeof(tests) / sizeof(*tests));

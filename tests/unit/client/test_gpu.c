@@ -707,6 +707,27 @@ static void releases_streams_until_they_end(void **state)
 	assert_int_equal(fake.synchronized, CUDA_SUCCESS);
 }
 
+static void is_abandoned_without_the_driver(void **state)
+{
+	struct peer *peer = peer_new();
+	struct kvg_client *client = connect_cuda(peer);
+	uint64_t seq;
+	pid_t child;
+
+	(void)state;
+	assert_int_equal(kvg_create(client, &policy, &seq), 0);
+	assert_int_equal(kvg_reserve(client, seq, 20), 0);
+	child = fork();
+	if (child == 0) {
+		/* Any call would be a fault. */
+		memset(client->gpu->cuda->driver, 0, sizeof(*client->gpu->cuda->driver));
+		peer_child(client, 3);
+	}
+	assert_true(peer_child_ended(child));
+	assert_int_equal(kvg_free(client, seq), 0);
+	end(peer, client);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -721,6 +742,7 @@ int main(void)
 		cmocka_unit_test(releases_streams_when_the_daemon_goes),
 		cmocka_unit_test(follows_the_stream),
 		cmocka_unit_test(releases_streams_until_they_end),
+		cmocka_unit_test(is_abandoned_without_the_driver),
 	};
 
 	return runner_run("gpu", tests, sizeof(tests) / sizeof(*tests));
