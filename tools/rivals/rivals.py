@@ -47,13 +47,13 @@ def sample(work, count, turn):
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
     for _ in range(PAUSE_FILLS):
         sample.pause.fill_(0x5A)
-    for start, end in zip(starts, ends):
+    for start, end in zip(starts, ends, strict=False):
         start.record()
         work(turn)
         end.record()
         turn += 1
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 for start, end in zip(starts, ends)]
+    return [start.elapsed_time(end) * 1e3 for start, end in zip(starts, ends, strict=False)]
 
 
 def measure(work):
@@ -144,6 +144,7 @@ def gate_stacked(hidden, gate):
 
 def random_gate(layers):
     """Weights of that many layers, stacked in front; 0 layers: of one, without that dimension."""
+
     def normal(*shape, deviation=1.0, dtype=torch.bfloat16):
         shape = ((layers,) if layers else ()) + shape
         return (torch.randn(shape, device="cuda") * deviation).to(dtype)
@@ -345,7 +346,7 @@ def bench_attention(like):
         v = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(layers)]
         q = torch.randn(batch, HEADS * GROUP, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
-        def attend(turn):
+        def attend(turn, q=q, k=k, v=v):
             for layer in range(len(k)):
                 F.scaled_dot_product_attention(q, k[layer], v[layer], enable_gqa=True)
 
@@ -353,7 +354,7 @@ def bench_attention(like):
             name = backend.name.split("_")[0].lower()
             with sdpa_kernel(backend):
                 add(row_id, f"torch SDPA ({name}), dense, {batch} x {keys} keys", attend, True, layers)
-        del k, v
+        del attend, k, v
 
 
 def bench_copy():
@@ -420,17 +421,26 @@ def main():
         with open(options.like, encoding="utf-8") as file:
             like = json.load(file)
     error = check_golden(options.golden)
-    print(f"the eager gate is within {error:.2e} of the golden file's true scores (allowed: {GOLDEN_ERROR})", flush=True)
+    print(
+        f"the eager gate is within {error:.2e} of the golden file's true scores (allowed: {GOLDEN_ERROR})", flush=True
+    )
     if not error <= GOLDEN_ERROR:
         print("rivals: the eager gate computes something else than the golden file", file=sys.stderr)
         return 1
-    for bench in (bench_select, bench_evict, bench_append, lambda: bench_attention(like), bench_copy,
-                  bench_gate_long, bench_gate_layers):
+    for bench in (
+        bench_select,
+        bench_evict,
+        bench_append,
+        lambda: bench_attention(like),
+        bench_copy,
+        bench_gate_long,
+        bench_gate_layers,
+    ):
         bench()
         torch.cuda.empty_cache()
     result = {
         "program": "tools/rivals/rivals.py",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machine": machine(),
         "golden": {"file": os.path.basename(options.golden), "error": error, "allowed": GOLDEN_ERROR},
         "rows": rows,
