@@ -16,5 +16,6 @@ int bench_check_gate(int argc, char **argv);
 int bench_check_prefill(int argc, char **argv);
 int bench_check_decode(int argc, char **argv);
 int bench_gpu(int argc, char **argv);
+int bench_engines(int argc, char **argv);
 
 #endif

@@ -26,6 +26,8 @@ static const struct command commands[] = {
 	{"insitu", "[--sequences N] ...", "what scoring and eviction cost a worker that decodes", bench_insitu},
 	{"timeline", "[--json F] [--svg F]", "that a worker's stream meets its evictions without its CPU",
 		bench_timeline},
+	{"engines", "[--part P] ...", "transformers on kvgate, beside its own cache and masks (PyTorch)",
+		bench_engines},
 };
 
 #define COMMANDS (sizeof(commands) / sizeof(*commands))

@@ -1,0 +1,339 @@
+"""Puts a transformers model on kvgated: connections, hooks, and the attention function."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from transformers import AttentionInterface
+
+from kvgate import Client, KvgateError, Policy
+
+from .cache import NO_BEAMS, KvgateCache
+from .geometry import attention_modules, geometry_of
+from .rows import Row
+from .scoring import Scorer, Stage
+from .store import Store
+
+_NAME = "kvgate"
+_CHUNK = 16000
+_MAX_TOKENS = 32768  # of a sequence, when neither the caller nor the model says less
+_RING_STAGING = 1 << 20
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query [B][query heads][T][D], key and value [B][heads][T][D] fresh ones."""
+    cache = getattr(key, "kvgate_cache", None)
+    if not isinstance(cache, KvgateCache):
+        raise KvgateError(0, "the model is attached to kvgate: pass past_key_values=attachment.cache(...)")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return cache.attend(int(module.layer_idx), query.detach(), key.detach(), value.detach(), scale), None
+
+
+AttentionInterface.register(_NAME, attention)
+
+
+class Attachment:
+    """A model whose KV lies in kvgated, until detach() or the end of `with`. Made by attach()."""
+
+    def __init__(
+        self,
+        model: Any,
+        socket: str | os.PathLike[str] | None,
+        *,
+        gate: str | os.PathLike[str] | None,
+        scorer: Scorer | None,
+        name: str,
+        max_sequences: int,
+        max_tokens: int | None,
+        staging_bytes: int | None,
+        stage: Literal["hidden", "preact"] | None,
+    ) -> None:
+        self.model, self.geometry = model, geometry_of(model)
+        self.scores = gate is not None or scorer is not None
+        self.measure = False
+        self._spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._clients: list[Client] = []
+        self._orphans: list[Row] = []
+        self._names = list(inspect.signature(model.forward).parameters)
+        self._before: str = self.model.config._attn_implementation
+        self._cache: KvgateCache | None = None
+        if self._before == _NAME:
+            raise ValueError(f"{type(model).__name__}: it is attached to kvgate already: detach() that first")
+        path = os.fspath(socket) if socket is not None else os.environ.get("KVGATE_SOCKET", "")
+        if not path:
+            raise ValueError("no socket: pass the path of the tenant's socket, or set KVGATE_SOCKET")
+        try:
+            self._open(path, gate, scorer, name, max_sequences, max_tokens, staging_bytes, stage)
+            self._hook()
+        except BaseException:
+            self.detach()
+            raise
+
+    # ---- set-up ----
+
+    def _open(
+        self,
+        path: str,
+        gate: str | os.PathLike[str] | None,
+        scorer: Scorer | None,
+        name: str,
+        max_sequences: int,
+        max_tokens: int | None,
+        staging_bytes: int | None,
+        stage: str | None,
+    ) -> None:
+        shape = self.geometry
+        device = next(self.model.parameters()).device
+        tokens = max_tokens or min(self.model.config.get_text_config().max_position_embeddings, _MAX_TOKENS)
+        staging = staging_bytes or max(16 << 20, 4 * min(_CHUNK, tokens) * shape.hidden)
+        self.client = self._connect(path, name, len(shape.global_layers), max_sequences, tokens, staging, device)
+        if gate is not None:
+            self.client.load_gate(gate)
+        self.store, self.ring = Store(self.client), None
+        preact = (stage or ("preact" if self.client.kind == "cuda" else "hidden")) == "preact"
+        self.stage = Stage(self.client, os.fspath(gate) if gate else None, scorer, preact, device)
+        if shape.window_layers:
+            ring = self._connect(
+                path,
+                name + "-window",
+                len(shape.window_layers),
+                max_sequences,
+                shape.window,
+                _RING_STAGING + 2 * shape.hidden,
+                device,
+            )
+            self.ring = Store(ring, shape.window)
+        self.stores = [self.store, self.ring] if self.ring else [self.store]
+        self._places = {number: (self.store, i) for i, number in enumerate(shape.global_layers)}
+        if self.ring:
+            self._places |= {number: (self.ring, i) for i, number in enumerate(shape.window_layers)}
+
+    def _connect(
+        self, path: str, name: str, layers: int, max_sequences: int, max_tokens: int, staging: int, device: torch.device
+    ) -> Client:
+        client = Client(path, name)
+        self._clients.append(client)
+        if (client.kind == "cuda") != (device.type == "cuda"):
+            raise ValueError(f"the model is on {device}, the daemon's memory is of the kind {client.kind}")
+        if client.kind == "cuda":
+            client.set_stream(torch.cuda.current_stream(device))
+        client.register(self.geometry.layout(layers, max_sequences, max_tokens), staging)
+        return client
+
+    def _hook(self) -> None:
+        layers = len(self.geometry.global_layers) + len(self.geometry.window_layers)
+        for module in attention_modules(self.model, layers):
+            if module.layer_idx in self.geometry.global_layers:
+                self._hooks.append(module.register_forward_pre_hook(self._attention_begins, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_hook(self._forward_ends, always_call=True))
+        self.model.set_attn_implementation(_NAME)
+
+    def detach(self) -> None:
+        """Takes the model off kvgate and gives all of its KV back. Harmless a second time."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
+            self.model.set_attn_implementation(self._before)
+        self._hooks, self._cache = [], None
+        for client in self._clients:
+            client.close()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    # ---- hooks ----
+
+    def _forward_begins(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        self._cache, cache = None, given.get("past_key_values")
+        if not isinstance(cache, KvgateCache):
+            return
+        if not cache.belongs_to(self):
+            raise ValueError(f"past_key_values: the cache was made by another attachment, not by {self.client.name}'s")
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        self.free_orphans()
+        cache.begin(tokens.shape[0], tokens.shape[1], given.get("attention_mask"))
+        self._cache = cache
+
+    def _forward_ends(self, _: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """output is None when the forward pass raised: the cache stays where it was before."""
+        cache, self._cache = self._cache, None
+        if cache is not None and output is not None:
+            cache.end()
+
+    def _attention_begins(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._cache is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self._cache.stage(self._places[module.layer_idx][1], hidden)
+
+    # ---- for caches ----
+
+    def place(self, layer: int) -> tuple[Store, int]:
+        """Where a layer of the model has its KV: the store, and the layer's number there."""
+        return self._places[layer]
+
+    def make_ring(self, row: Row) -> None:
+        """Room in the sliding layers for one sequence."""
+        if self.ring:
+            window = self.geometry.window
+            row.window = self.ring.client.create(Policy(mode="off", max_new_tokens=window))
+            row.window.reserve(window)
+
+    def runs(self, cache: KvgateCache) -> bool:
+        """Whether a forward pass with this cache is under way."""
+        return self._cache is cache
+
+    def collect(self, rows: list[Row]) -> None:
+        """Frees the rows of a cache that nobody has any more: at once, or later if this interrupted a client's call."""
+        self._orphans += rows
+        if not any(client.busy for client in self._clients):
+            self.free_orphans()
+
+    def free_orphans(self) -> None:
+        """Frees what collect() could not."""
+        while self._orphans:
+            self._orphans.pop().free()
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Measures on the stream what is enqueued inside, when `measure` is set."""
+        if not self.measure or not self.store.on_gpu:
+            yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        yield
+        end.record()
+        self._spans.setdefault(what, []).append((begin, end))
+
+    @property
+    def timing(self) -> dict[str, float]:
+        """Seconds since the last look that the stream spent on "stage" and "evict", waiting for the daemon included."""
+        spans, self._spans = self._spans, {}
+        if spans:
+            torch.cuda.synchronize()
+        return {what: sum(a.elapsed_time(b) for a, b in pairs) / 1000 for what, pairs in spans.items()}
+
+    # ---- use ----
+
+    def cache(
+        self,
+        inputs: Any = None,
+        *,
+        ratio: float = 1.0,
+        chunk: int = _CHUNK,
+        prefix_tokens: int | list[int] = 0,
+        max_new_tokens: int = 256,
+        **policy: Any,
+    ) -> KvgateCache:
+        """A cache for one batch, for model.generate(past_key_values=...) or the model's forward.
+
+        inputs: the prompts (a tokenizer's output, an attention mask or token ids [B][T], or a list of lengths): needed
+        when they are fed in chunks, so that the daemon can promise the whole. max_new_tokens: all tokens after them,
+        later turns of a conversation included. Other arguments are Policy's: level, window, budget, mode, floor,
+        threshold.
+        """
+        self.free_orphans()
+        rules = Policy(ratio=ratio, chunk_tokens=chunk, **policy)
+        if (ratio < 1 or rules.budget or rules.mode == "threshold") and not self.scores:
+            raise ValueError("evicting needs scores: attach the model with gate= or scorer=")
+        return KvgateCache(self, rules, prefix_tokens, max_new_tokens, _lengths(inputs))
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        ratio: float = 1.0,
+        chunk: int = _CHUNK,
+        max_new_tokens: int = 256,
+        policy: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """model.generate() with a cache of its own, the prompt in chunks, freed afterwards.
+
+        policy: cache()'s other arguments; options: model.generate()'s. Beam search is refused with a KvgateError.
+        """
+        mask = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
+        config = options.get("generation_config") or self.model.generation_config
+        if (options.get("num_beams", config.num_beams) or 1) > 1:
+            raise KvgateError(0, NO_BEAMS)
+        copies: int = options.get("num_return_sequences", config.num_return_sequences) or 1
+        lengths = [length for length in mask.long().sum(1).tolist() for _ in range(copies)]
+        rules = dict(policy or {})
+        if isinstance(rules.get("prefix_tokens"), list):
+            rules["prefix_tokens"] = [prefix for prefix in rules["prefix_tokens"] for _ in range(copies)]
+        with self.cache(lengths, ratio=ratio, chunk=chunk, max_new_tokens=max_new_tokens, **rules) as cache:
+            return self.model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                prefill_chunk_size=chunk,
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+
+
+def _lengths(inputs: Any) -> list[int] | None:
+    """Tokens of each prompt, without padding."""
+    if inputs is None or isinstance(inputs, list):
+        return inputs
+    if not isinstance(inputs, torch.Tensor):
+        inputs = inputs["attention_mask"] if "attention_mask" in inputs else inputs["input_ids"]
+    if inputs.dtype == torch.bool or int(inputs.max()) <= 1:
+        counts: list[int] = inputs.long().sum(1).tolist()
+        return counts
+    return [inputs.shape[1]] * inputs.shape[0]
+
+
+def attach(
+    model: torch.nn.Module,
+    socket: str | os.PathLike[str] | None = None,
+    *,
+    gate: str | os.PathLike[str] | None = None,
+    scorer: Scorer | None = None,
+    name: str = "transformers",
+    max_sequences: int = 8,
+    max_tokens: int | None = None,
+    staging_bytes: int | None = None,
+    stage: Literal["hidden", "preact"] | None = None,
+) -> Attachment:
+    """Puts a transformers decoder (Qwen2, Qwen3, Llama, Gemma3) on the daemon behind `socket` (or $KVGATE_SOCKET).
+
+    gate: a safetensors file of tools/import-gate, for the layers with full attention; or scorer: scores made by the
+    worker, scorer(layer, hidden [T][hidden]) -> [T][heads], layers counted among those with full attention. Without
+    both nothing can be evicted. max_sequences, max_tokens: of all caches at a time, of one sequence. stage: what
+    decoded tokens are scored from: "preact" (the gate's products; the default on a GPU) or "hidden".
+
+    NotRunningError: no daemon there; ValueError: the model or the arguments do not fit; KvgateError: the daemon's.
+    """
+    return Attachment(
+        model,
+        socket,
+        gate=gate,
+        scorer=scorer,
+        name=name,
+        max_sequences=max_sequences,
+        max_tokens=max_tokens,
+        staging_bytes=staging_bytes,
+        stage=stage,
+    )
