@@ -148,19 +148,15 @@ int kvg_commit(struct kvg_client *client, uint64_t seq, uint32_t tokens)
 	return client_call(client, &sqe);
 }
 
-/* What client->call says about an eviction, when its extents are back in the pool. */
-static int evicted(struct kvg_client *client, struct kvg_evict_result *ret)
+/* What client->call says about an eviction. */
+static struct kvg_evict_result evicted(const struct kvg_client *client)
 {
 	const struct kvg_cqe *cqe = &client->call.cqe;
-	struct kvg_evict_result result = {.pairs_held = cqe->value[0],
+
+	return (struct kvg_evict_result){.pairs_held = cqe->value[0],
 		.pairs_dropped = cqe->value[1],
 		.bytes = cqe->value[2],
 		.generation = cqe->generation};
-	int r = client_return_memory(client);
-
-	if (r == 0 && ret)
-		*ret = result;
-	return r;
 }
 
 int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg_evict_result *ret)
@@ -168,6 +164,7 @@ int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg
 	CLIENT_TURN(client);
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
+	struct kvg_evict_result result;
 	struct kvg_sqe sqe;
 
 	if (!sequence)
@@ -178,7 +175,13 @@ int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg
 	sqe = entry_for(KVG_OP_EVICT, seq, sequence);
 	sqe.evict.mode = mode;
 	r = client_call(client, &sqe);
-	return r < 0 ? r : evicted(client, ret);
+	if (r < 0)
+		return r;
+	result = evicted(client);
+	r = client_return_memory(client);
+	if (r == 0 && ret)
+		*ret = result;
+	return r;
 }
 
 /* The stream stops until the eviction is done and its extents are mapped. */
@@ -219,7 +222,9 @@ int kvg_evict_finish(struct kvg_client *client, uint64_t seq, struct kvg_evict_r
 	CLIENT_TURN(client);
 	int r = client_finish(client, seq, KVG_OP_EVICT, "kvg_evict_finish");
 
-	return r < 0 ? r : evicted(client, ret);
+	if (r == 0 && ret)
+		*ret = evicted(client);
+	return r;
 }
 
 int kvg_reserve_async(struct kvg_client *client, uint64_t seq, uint32_t tokens)

@@ -132,6 +132,7 @@ static void finish(struct executor *executor, struct job *job)
 static void poll_jobs(struct executor *executor, struct polled *polled)
 {
 	struct job **at = &polled->first, *job;
+	const uint64_t begun = loop_now();
 	bool any = false;
 
 	while ((job = *at)) {
@@ -145,7 +146,7 @@ static void poll_jobs(struct executor *executor, struct polled *polled)
 	}
 	polled->end = at;
 	polled->last_ns = loop_now();
-	if (any) {
+	if (any || polled->last_ns - begun > POLL_SPIN_NS) { /* work is done in polls as well */
 		polled->event_ns = polled->last_ns;
 		polled->nap_ns = NAP_MIN_NS;
 	}

@@ -100,16 +100,17 @@ static uint64_t own_extents(uint64_t rest, uint64_t ahead, uint32_t each)
 }
 
 uint32_t blocks_missing(const struct block_space *space, const struct block_owner *owner, unsigned generation,
-	uint64_t units, uint64_t ahead)
+	uint64_t units, uint64_t ahead, uint32_t withheld)
 {
-	uint32_t each = units_per_extent(space, generation);
+	uint32_t each = units_per_extent(space, generation), spare = space->spare_count;
 	uint64_t rest = units > owner->free_units[generation] ? units - owner->free_units[generation] : 0;
 	uint64_t extents = own_extents(rest, ahead, each);
 
 	rest = rest > extents * each ? rest - extents * each : 0;
 	if (rest > space->shared.free_units[generation])
 		extents++;
-	return extents > space->spare_count ? (uint32_t)(extents - space->spare_count) : 0;
+	spare = spare > withheld ? spare - withheld : 0;
+	return extents > spare ? (uint32_t)(extents - spare) : 0;
 }
 
 static uint32_t block_id(const struct extent *extent, uint32_t block)
@@ -143,6 +144,12 @@ static uint64_t take_blocks(struct extent *extent, uint64_t units, uint32_t *ids
 		i = i + 1 == bytes ? 0 : i + 1) {
 		extent->hint = i;
 		extent->free_runs -= extent->bitmap[i] == 0;
+		if (extent->bitmap[i] == 0 && units - taken >= KVG_RUN_BLOCKS) {
+			for (uint32_t k = 0; k < KVG_RUN_BLOCKS; k++)
+				ids[taken++] = block_id(extent, i * KVG_RUN_BLOCKS + k);
+			extent->bitmap[i] = 0xff;
+			extent->meta->used += KVG_RUN_BLOCKS;
+		}
 		while (extent->bitmap[i] != 0xff && taken < units) {
 			unsigned bit = (unsigned)__builtin_ctz(~(unsigned)extent->bitmap[i]);
 
@@ -260,16 +267,18 @@ void blocks_close_extent(struct block_space *space, struct extent *extent)
 	set_owner(extent, &space->closed, generation);
 }
 
-static void give(struct block_space *space, uint32_t id, uint8_t mask)
+static void clear(struct extent *extent, uint32_t block, uint8_t mask)
 {
-	struct extent *extent = blocks_extent(space, id);
-	uint32_t block = id - extent->meta->slot * extent->arena->ids_per_extent, before = extent_free_units(extent);
 	uint8_t *byte = &extent->bitmap[block / KVG_RUN_BLOCKS];
-	uint32_t count = (uint32_t)__builtin_popcount(mask);
 
 	assert((*byte & mask) == mask);
 	*byte = (uint8_t)(*byte & ~mask);
 	extent->free_runs += *byte == 0;
+}
+
+/* `count` blocks were given back; before: the extent's free units until then. */
+static void given(struct block_space *space, struct extent *extent, uint32_t count, uint32_t before)
+{
 	extent->meta->used -= count;
 	space->used_blocks -= count;
 	update_open(extent, before);
@@ -283,12 +292,28 @@ static void give(struct block_space *space, uint32_t id, uint8_t mask)
 
 void blocks_give(struct block_space *space, uint32_t id)
 {
-	uint32_t ids = space->arena->ids_per_extent;
+	struct extent *extent = blocks_extent(space, id);
+	uint32_t block = id % space->arena->ids_per_extent, before = extent_free_units(extent);
 
-	give(space, id, (uint8_t)(1u << (id % ids % KVG_RUN_BLOCKS)));
+	clear(extent, block, (uint8_t)(1u << block % KVG_RUN_BLOCKS));
+	given(space, extent, 1, before);
 }
 
 void blocks_give_run(struct block_space *space, uint32_t id)
 {
-	give(space, id, 0xff);
+	blocks_give_runs(space, &id, 1);
+}
+
+void blocks_give_runs(struct block_space *space, const uint32_t *ids, uint64_t count)
+{
+	uint32_t each = space->arena->ids_per_extent;
+
+	for (uint64_t i = 0, first; i < count;) {
+		struct extent *extent = blocks_extent(space, ids[i]);
+		uint32_t begin = ids[i] / each * each, before = extent_free_units(extent);
+
+		for (first = i; i < count && ids[i] - begin < each; i++)
+			clear(extent, ids[i] - begin, 0xff);
+		given(space, extent, (uint32_t)(i - first) * KVG_RUN_BLOCKS, before);
+	}
 }

@@ -45,11 +45,11 @@ void block_space_init(struct block_space *space, struct pool *pool, struct arena
 void blocks_add_extent(struct block_space *space, struct extent *extent);
 
 /*
- * Extents that must be added before `units` can be taken; the spare ones are counted in. ahead: units that the
- * same owner will take soon, which decide with these whether it gets an extent for itself.
+ * Extents that must be added before `units` can be taken; the spare ones are counted in, but for those `withheld`.
+ * ahead: units that the same owner will take soon, which decide with these whether it gets an extent for itself.
  */
 uint32_t blocks_missing(const struct block_space *space, const struct block_owner *owner, unsigned generation,
-	uint64_t units, uint64_t ahead);
+	uint64_t units, uint64_t ahead, uint32_t withheld);
 
 /* Takes units: ids[i] is a block, or the first of a run. blocks_missing() was 0. O(units). */
 void blocks_take(struct block_space *space, struct block_owner *owner, unsigned generation, uint64_t units,
@@ -74,6 +74,9 @@ void blocks_close_extent(struct block_space *space, struct extent *extent);
 
 void blocks_give(struct block_space *space, uint32_t id);
 void blocks_give_run(struct block_space *space, uint32_t id);
+
+/* The same for many: fastest where runs of one extent follow each other, as blocks_take() hands them out. */
+void blocks_give_runs(struct block_space *space, const uint32_t *ids, uint64_t count);
 
 /* The extent and the place metadata of a block. */
 struct extent *blocks_extent(const struct block_space *space, uint32_t id);

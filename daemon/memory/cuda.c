@@ -14,13 +14,17 @@
 #include "daemon/loop/loop.h"
 #include "daemon/memory/nvml.h"
 
+#define QUERY_NS    1000000u              /* between questions to the driver about scrubs that are not done */
 #define ERROR_CODES 1000u                 /* CUDA_ERROR_UNKNOWN is the last */
 #define LOG_NS      UINT64_C(60000000000) /* between two lines about the same error */
 
 struct kind_cuda {
 	struct kind kind;
 	struct kvg_cuda *cuda;
-	CUstream stream; /* of scrub() */
+	CUstream stream;    /* of scrub() and scrub_begin() */
+	uint64_t *scrubbed; /* pinned: raised by the stream behind each scrub_begin() */
+	int64_t scrubs;
+	uint64_t asked_ns; /* when the driver was asked about them */
 	CUmemAllocationProp prop;
 	struct kind_device about;
 	struct nvml *nvml;        /* or NULL */
@@ -215,6 +219,43 @@ static int cuda_scrub(struct kind *kind, void *at, size_t size)
 	return outcome(kind, result, "cuMemsetD8Async");
 }
 
+static int64_t cuda_scrub_begin(struct kind *kind, void *at, size_t size)
+{
+	struct kind_cuda *self = of_kind(kind);
+	const struct kvg_cuda_driver *driver = self->cuda->driver;
+	CUresult result = kvg_cuda_enter(self->cuda);
+
+	if (result == CUDA_SUCCESS)
+		result = driver->cuMemsetD8Async(address(at), 0, size, self->stream);
+	if (result == CUDA_SUCCESS)
+		result = driver->cuStreamWriteValue64(
+			self->stream, address(self->scrubbed), (cuuint64_t)self->scrubs + 1, 0);
+	if (result != CUDA_SUCCESS)
+		return outcome(kind, result, "cuMemsetD8Async");
+	self->asked_ns = loop_now();
+	return ++self->scrubs;
+}
+
+static int cuda_scrub_poll(struct kind *kind, int64_t number)
+{
+	struct kind_cuda *self = of_kind(kind);
+	uint64_t now;
+	CUresult result;
+
+	if (__atomic_load_n(self->scrubbed, __ATOMIC_ACQUIRE) >= (uint64_t)number)
+		return 0;
+	now = loop_now();
+	if (now - self->asked_ns < QUERY_NS)
+		return -EAGAIN;
+	self->asked_ns = now;
+	result = kvg_cuda_enter(self->cuda);
+	if (result == CUDA_SUCCESS)
+		result = self->cuda->driver->cuStreamQuery(self->stream);
+	if (result == CUDA_SUCCESS || result == CUDA_ERROR_NOT_READY)
+		return -EAGAIN;
+	return outcome(kind, result, "cuMemsetD8Async");
+}
+
 static int cuda_destroy(struct kind *kind, int fd, size_t size)
 {
 	(void)kind;
@@ -310,6 +351,8 @@ static struct kind *cuda_free(struct kind *kind)
 
 	if (self->stream && kvg_cuda_enter(self->cuda) == CUDA_SUCCESS)
 		(void)self->cuda->driver->cuStreamDestroy(self->stream);
+	if (self->scrubbed)
+		(void)self->cuda->driver->cuMemFreeHost(self->scrubbed);
 	self->nvml = nvml_close(self->nvml);
 	self->cuda = kvg_cuda_close(self->cuda);
 	if (self->failure_fd >= 0)
@@ -326,6 +369,8 @@ static const struct kind_ops cuda_ops = {
 	.map = cuda_map,
 	.unmap = cuda_unmap,
 	.scrub = cuda_scrub,
+	.scrub_begin = cuda_scrub_begin,
+	.scrub_poll = cuda_scrub_poll,
 	.destroy = cuda_destroy,
 	.physical = cuda_physical,
 	.device = cuda_device,
@@ -340,6 +385,7 @@ static const struct kind_ops cuda_ops = {
 static int fill(struct kind_cuda *self, int ordinal, char *text, size_t text_size)
 {
 	char why[KIND_TEXT] = "";
+	void *scrubbed = NULL;
 	CUresult result;
 	int r = kvg_cuda_open(ordinal, &self->cuda, why, sizeof(why));
 
@@ -354,12 +400,17 @@ static int fill(struct kind_cuda *self, int ordinal, char *text, size_t text_siz
 	self->nvml = nvml_open(self->cuda->bus_id);
 	describe(self);
 	result = self->cuda->driver->cuStreamCreate(&self->stream, CU_STREAM_NON_BLOCKING);
-	if (result != CUDA_SUCCESS) {
+	if (result != CUDA_SUCCESS)
 		self->stream = NULL;
-		(void)snprintf(text, text_size, "kind cuda: GPU %d: cuStreamCreate: %s", ordinal,
+	else
+		result = self->cuda->driver->cuMemHostAlloc(&scrubbed, sizeof(uint64_t), 0);
+	if (result != CUDA_SUCCESS) {
+		(void)snprintf(text, text_size, "kind cuda: GPU %d: a stream and its flag: %s", ordinal,
 			kvg_cuda_error(self->cuda->driver, result));
 		return kvg_cuda_errno(result);
 	}
+	self->scrubbed = scrubbed;
+	*self->scrubbed = 0;
 	return 0;
 }
 

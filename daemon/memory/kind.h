@@ -38,6 +38,11 @@ struct kind_ops {
 	int (*unmap)(struct kind *kind, void *at, size_t size);
 	/* Zeroes mapped memory that is new; returns when it is done. Nothing where create() gives zeros. */
 	int (*scrub)(struct kind *kind, void *at, size_t size);
+	/* The same, only begun: a number to ask with, from 1 on and growing, or a negative errno. NULL: there is
+	 * scrub(). */
+	int64_t (*scrub_begin)(struct kind *kind, void *at, size_t size);
+	/* 0: everything begun up to this number is zeroed; -EAGAIN: not yet; or another negative errno. */
+	int (*scrub_poll)(struct kind *kind, int64_t number);
 	/* Gives the bytes back whoever still maps them, and closes. 0, or -EBUSY when bytes are still there (then fd is
 	 * open). The cuda kind cannot see that: there the bytes go with the last mapping. */
 	int (*destroy)(struct kind *kind, int fd, size_t size);

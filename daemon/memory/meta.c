@@ -147,9 +147,10 @@ static void plan_part(struct meta_worker *worker, const struct kvg_layout *layou
 	worker->scored_offset = take(&offset, n * worker->layers * sizeof(uint32_t));
 	worker->held_offset = take(&offset, n * rows * row_cap * sizeof(uint32_t));
 	worker->runs_offset = take(&offset, n * worker->stripe_cap * rows * sizeof(uint32_t));
-	worker->redo_offset =
-		take(&offset, sizeof(struct meta_redo) + rows * sizeof(struct meta_redo_row) +
-				      worker->move_cap * (sizeof(struct meta_move) + sizeof(struct meta_relocation)));
+	worker->redo_size = sizeof(struct meta_redo) + rows * sizeof(struct meta_redo_row) +
+			    worker->move_cap * (sizeof(struct meta_move) + sizeof(struct meta_relocation));
+	worker->redo_size = (worker->redo_size + PAGE - 1) / PAGE * PAGE;
+	worker->redo_offset = take(&offset, META_RECORDS * worker->redo_size);
 	worker->size = offset;
 }
 
@@ -195,10 +196,14 @@ static void point_part(struct meta_part *part)
 	part->scored = (void *)(base + (worker->scored_offset - worker->offset));
 	part->held = (void *)(base + (worker->held_offset - worker->offset));
 	part->runs = (void *)(base + (worker->runs_offset - worker->offset));
-	part->redo = (void *)(base + (worker->redo_offset - worker->offset));
-	part->redo_rows = (void *)(part->redo + 1);
-	part->moves = (void *)(part->redo_rows + rows);
-	part->relocations = (void *)(part->moves + worker->move_cap);
+	for (uint32_t i = 0; i < META_RECORDS; i++) {
+		struct meta_record *record = &part->records[i];
+
+		record->redo = (void *)(base + (worker->redo_offset - worker->offset) + i * worker->redo_size);
+		record->rows = (void *)(record->redo + 1);
+		record->moves = (void *)(record->rows + rows);
+		record->relocations = (void *)(record->moves + worker->move_cap);
+	}
 }
 
 static struct meta_worker *free_worker(struct meta *meta)

@@ -21,11 +21,12 @@
 #include "proto/kvgate_abi.h"
 
 #define META_MAGIC       0x6174656d67766bULL /* "kvgmeta" */
-#define META_VERSION     1u
+#define META_VERSION     2u
 #define META_MAX_TENANTS 256u
 #define META_MAX_WORKERS 1024u
 #define META_NAME        128u
 #define META_MIN_STRIDE  128u /* bytes; bounds the blocks of an extent */
+#define META_RECORDS     8u   /* redo records of a worker: evictions at a time */
 
 enum meta_extent_state { META_EMPTY = 0, META_BORN = 1, META_LIVE = 2, META_DROPPED = 3, META_DYING = 4 };
 enum meta_generation { META_NURSERY = 0, META_HELD = 1 };
@@ -70,8 +71,9 @@ struct meta_worker {
 	uint64_t scored_offset; /* uint32 [max_sequences][layers]: positions below are scored */
 	uint64_t held_offset;   /* uint32 block ids [max_sequences][R][row_cap] */
 	uint64_t runs_offset;   /* uint32 first block ids [max_sequences][stripe_cap][R] */
-	uint64_t
-		redo_offset; /* struct meta_redo, meta_redo_row [R], meta_move [move_cap], meta_relocation [move_cap] */
+	/* META_RECORDS times: struct meta_redo, meta_redo_row [R], meta_move [move_cap], meta_relocation [move_cap] */
+	uint64_t redo_offset;
+	uint64_t redo_size; /* of one */
 	char name[META_NAME];
 	struct kvg_layout layout;
 };
@@ -153,6 +155,14 @@ struct meta {
 	struct meta_extent *extents;
 };
 
+/* A redo record, mapped: the step of one eviction. */
+struct meta_record {
+	struct meta_redo *redo;
+	struct meta_redo_row *rows;
+	struct meta_move *moves;
+	struct meta_relocation *relocations;
+};
+
 /* A worker's part, mapped. */
 struct meta_part {
 	struct meta_worker *worker;
@@ -160,10 +170,7 @@ struct meta_part {
 	struct meta_seq *seqs;
 	struct meta_row *rows;
 	uint32_t *scored, *held, *runs;
-	struct meta_redo *redo;
-	struct meta_redo_row *redo_rows;
-	struct meta_move *moves;
-	struct meta_relocation *relocations;
+	struct meta_record records[META_RECORDS];
 };
 
 /* A new metadata memfd. 0 or a negative errno. */

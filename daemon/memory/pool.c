@@ -8,6 +8,7 @@
 
 #define SLICE_NS 500000u    /* of the executor for one batch, then the jobs of others have their turn */
 #define GAP_NS   100000u    /* after which a pass of the executor is another one */
+#define PART     8u         /* extents that are handed over together while a batch goes on */
 #define RETRY_NS 100000000u /* between attempts to destroy an extent that a stale mapping keeps alive */
 
 static void retry_busy(void *user);
@@ -174,22 +175,39 @@ static uint8_t *extent_address(const struct extent *extent)
 	return extent->arena->base + (size_t)extent->meta->slot * extent->arena->extent_size;
 }
 
-static int map_new(const struct pool *pool, const struct extent *extent)
+/* Zeroes it, or begins to. */
+static int scrub_new(struct extent_batch *batch, const struct extent *extent)
 {
-	struct kind *kind = pool->kind;
+	struct kind *kind = batch->pool->kind;
+	size_t size = extent->arena->extent_size;
+	int64_t number;
+
+	if (!kind->ops->scrub_begin)
+		return kind->ops->scrub(kind, extent_address(extent), size);
+	number = kind->ops->scrub_begin(kind, extent_address(extent), size);
+	if (number < 0)
+		return (int)number;
+	batch->scrub = number;
+	return 0;
+}
+
+static int map_new(struct extent_batch *batch, const struct extent *extent)
+{
+	struct kind *kind = batch->pool->kind;
 	size_t size = extent->arena->extent_size;
 	int r = kind->ops->map(kind, extent->fd, extent_address(extent), size);
 
 	if (r < 0)
 		return r;
-	r = kind->ops->scrub(kind, extent_address(extent), size);
+	r = scrub_new(batch, extent);
 	if (r < 0)
 		(void)kind->ops->unmap(kind, extent_address(extent), size);
 	return r;
 }
 
-static int create_one(struct pool *pool, struct extent *extent)
+static int create_one(struct extent_batch *batch, struct extent *extent)
 {
+	struct pool *pool = batch->pool;
 	struct arena *arena = extent->arena;
 	int r = arena_open(arena);
 
@@ -200,7 +218,7 @@ static int create_one(struct pool *pool, struct extent *extent)
 	extent->fd = pool->kind->ops->create(pool->kind, arena->extent_size);
 	if (extent->fd < 0)
 		return extent->fd;
-	r = map_new(pool, extent);
+	r = map_new(batch, extent);
 	if (r < 0) {
 		(void)close(extent->fd);
 		extent->fd = -1;
@@ -227,6 +245,14 @@ static void batch_run(struct job *job)
 	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
 
 	batch->next = batch->extents.next;
+	batch->created = 0;
+	batch->scrub = 0;
+}
+
+/* Whether the batch, or a part of it, has been worked through. */
+static bool is_through(const struct extent_batch *batch)
+{
+	return batch->next == &batch->extents || (batch->part && batch->created == PART);
 }
 
 /* The next extent of the batch that a poll takes on, within its slice of time; NULL when the slice or the batch is
@@ -236,7 +262,7 @@ static struct extent *batch_next(struct extent_batch *batch, uint64_t begun)
 {
 	struct list *node = batch->next;
 
-	if (node == &batch->extents || loop_now() - begun > SLICE_NS)
+	if (is_through(batch) || loop_now() - begun > SLICE_NS)
 		return NULL;
 	batch->next = node->next;
 	return list_entry(node, struct extent, node);
@@ -263,16 +289,29 @@ static bool has_turn(struct extent_batch *batch, uint64_t now)
 	return true;
 }
 
-/* Whether the batch is over. */
+/* The end of a turn: whether the batch is through. */
 static bool end_slice(struct extent_batch *batch)
 {
 	struct pool *pool = batch->pool;
-	bool over = batch->next == &batch->extents;
+	bool over = is_through(batch);
 
 	pool->sliced = over ? NULL : batch;
 	pool->slice_end_ns = loop_now();
 	pool->slice_used_ns += pool->slice_end_ns - batch->slice_ns;
 	return over;
+}
+
+/* Nobody gets memory that is not zeroed. */
+static bool is_scrubbed(struct extent_batch *batch)
+{
+	struct kind *kind = batch->pool->kind;
+	int r = batch->scrub ? kind->ops->scrub_poll(kind, batch->scrub) : 0;
+
+	if (r == -EAGAIN)
+		return false;
+	if (r < 0 && !batch->status)
+		batch->status = r;
+	return true;
 }
 
 static bool create_poll(struct job *job)
@@ -281,15 +320,18 @@ static bool create_poll(struct job *job)
 	const uint64_t begun = loop_now();
 	struct extent *extent;
 
+	if (is_through(batch))
+		return is_scrubbed(batch);
 	if (!has_turn(batch, begun))
 		return false;
 	while ((extent = batch_next(batch, begun))) {
-		int r = create_one(batch->pool, extent);
+		int r = create_one(batch, extent);
 
 		if (r < 0 && !batch->status)
 			batch->status = r;
+		batch->created++;
 	}
-	return end_slice(batch);
+	return end_slice(batch) && is_scrubbed(batch);
 }
 
 static bool destroy_poll(struct job *job)
@@ -305,10 +347,26 @@ static bool destroy_poll(struct job *job)
 	return end_slice(batch);
 }
 
+/* The extents before `next` are there; it goes on with the others. */
+static void hand_over(struct extent_batch *batch)
+{
+	struct list part;
+
+	list_init(&part);
+	while (batch->extents.next != batch->next)
+		list_add_tail(&part, list_pop(&batch->extents));
+	batch->part(batch, &part);
+	executor_submit(batch->pool->executor, &batch->job);
+}
+
 static void create_done(struct job *job)
 {
 	struct extent_batch *batch = list_entry(job, struct extent_batch, job);
 
+	if (!batch->status && batch->next != &batch->extents) {
+		hand_over(batch);
+		return;
+	}
 	if (!batch->status) {
 		batch->pool->batches--;
 		batch->done(batch);

@@ -131,8 +131,15 @@ struct extent_batch {
 	struct list extents;
 	struct list *next; /* the executor's: where it goes on, and */
 	uint64_t slice_ns; /* when it had its last turn */
+	uint32_t created;  /* of the part under way */
+	int64_t scrub;     /* number of the last scrub that was begun for it, or 0 */
 	uint32_t count;
 	int status;
+	/*
+	 * NULL, or called on the reactor with some new extents, in the list, while others are still being created: the
+	 * callee empties the list. Those are no longer the batch's, whatever becomes of the rest.
+	 */
+	void (*part)(struct extent_batch *batch, struct list *extents);
 	void (*done)(struct extent_batch *batch);
 	void *user;
 };

@@ -151,15 +151,16 @@ static uint64_t see_stripes(const struct sequence_walk *at)
 }
 
 /* Blocks that a relocation under way has taken and not yet put in a row. */
-static uint64_t see_relocation(const struct sequence_walk *at)
+static uint64_t see_relocation(const struct sequence_walk *at, uint32_t record)
 {
 	const struct meta_worker *worker = &at->walk->workers[at->worker];
-	uint64_t offset = worker->redo_offset + sizeof(struct meta_redo) +
+	uint64_t begin = worker->redo_offset + record * worker->redo_size;
+	uint64_t offset = begin + sizeof(struct meta_redo) +
 			  (uint64_t)worker->layers * worker->heads * sizeof(struct meta_redo_row);
 	struct meta_redo redo;
 	struct meta_move move;
 
-	if (!read_part(at->walk, worker->redo_offset, &redo, sizeof(redo)) || redo.state == META_REDO_NONE ||
+	if (!read_part(at->walk, begin, &redo, sizeof(redo)) || redo.state == META_REDO_NONE ||
 		redo.kind != META_REDO_RELOCATE || redo.seq != at->slot)
 		return 0;
 	for (uint32_t i = 0; i < redo.move_count; i++)
@@ -181,7 +182,9 @@ static void see_sequence(const struct sequence_walk *at)
 			worker->stripe_cap);
 		return;
 	}
-	blocks = see_stripes(at) + see_relocation(at);
+	blocks = see_stripes(at);
+	for (uint32_t i = 0; i < META_RECORDS; i++)
+		blocks += see_relocation(at, i);
 	if (!read_part(at->walk, worker->rows_offset + (uint64_t)at->slot * rows * sizeof(struct meta_row), at->rows,
 		    rows * sizeof(struct meta_row)))
 		differ(at->walk, "%s: its rows cannot be read", object);

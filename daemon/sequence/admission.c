@@ -45,6 +45,11 @@ static uint64_t pairs_after(const struct kvg_policy *policy, uint32_t rows, uint
 	       (floor < range ? floor : range) * rows;
 }
 
+uint64_t admission_kept(const struct kvg_policy *policy, uint32_t rows, uint64_t seen)
+{
+	return packed_blocks(pairs_after(policy, rows, seen), rows);
+}
+
 /* Peak while the prompt is read from `seen` tokens on in chunks that are evicted one by one. */
 static uint64_t chunked_peak(const struct kvg_policy *policy, uint32_t rows, uint64_t seen, uint64_t held)
 {

@@ -16,6 +16,9 @@
  */
 uint64_t admission_blocks(const struct kvg_policy *policy, uint32_t rows, uint64_t seen, uint64_t held);
 
+/* Blocks of what the sequence is expected to keep once `seen` tokens have had their prefill eviction. */
+uint64_t admission_kept(const struct kvg_policy *policy, uint32_t rows, uint64_t seen);
+
 /* Blocks that protected ranges from position `from` on may keep beyond the policy's share. */
 uint64_t protected_blocks(const struct meta_seq *meta, uint32_t rows, uint32_t from);
 

@@ -15,11 +15,15 @@ struct compute_ops {
 	/* What a space needs besides its extents; undone by close(). 0 or a negative errno with text. */
 	int (*open)(struct space *space, const struct space_memory *memory, char *text);
 	void (*close)(struct space *space);
-	int (*select)(struct request *request);  /* SELECT of the request's eviction: fills kept[], and evict_count() */
-	int (*mark)(struct request *request);    /* MARK: fills holes[] and stripe_kept[] */
-	int (*move)(struct request *request);    /* MOVE of the step that was planned */
-	bool closes_holes;                       /* move() can close holes behind the step's own moves */
-	bool select_marks;                       /* select() can do MARK as well: evict->marked asks for it */
+	int (*select)(struct request *request); /* SELECT of the request's eviction: fills kept[], and evict_count() */
+	int (*mark)(struct request *request);   /* MARK: fills holes[] and stripe_kept[] */
+	int (*move)(struct request *request);   /* MOVE of the step that was planned */
+	bool closes_holes;                      /* move() can close holes behind the step's own moves */
+	bool select_marks;                      /* select() can do MARK as well: evict->marked asks for it */
+	bool move_publishes; /* move() of the last stripes publishes the rows as they will be: evict->publishes asks for
+				it */
+	unsigned evictions;  /* of one worker at a time, META_RECORDS at most */
+	bool creates_ahead;  /* creating extents takes so long that it is done before they are needed */
 	int (*score)(struct request *request);   /* STAGE: a slice of the rows, from request->layer and row on */
 	int (*publish)(struct request *request); /* rows and lengths that request->publish names; NULL: nothing to do */
 	int (*event)(const struct space *space, void *event); /* 0: it has happened; -EAGAIN: not yet */

@@ -40,5 +40,6 @@ const struct compute_ops compute_host = {
 	.select = host_select,
 	.mark = host_mark,
 	.move = host_move,
+	.evictions = 1,
 	.score = score_slice,
 };

@@ -1,12 +1,14 @@
-/* The lane of one worker on the device: opening, closing, buffers, and how its jobs end. */
+/* The stream and the lanes of one worker on the device: opening, closing, buffers, and how its jobs end. */
 #include "daemon/sequence/cuda.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "daemon/sequence/evict.h"
 #include "daemon/sequence/gates.h"
 #include "daemon/sequence/layout.h"
 
@@ -85,10 +87,15 @@ static void buffer_free(const struct compute_device *device, struct cuda_buffer 
 	*buffer = (struct cuda_buffer){0};
 }
 
+struct cuda_buffer *cuda_buffer_at(struct compute_device *device, enum cuda_buffers which)
+{
+	return which < CUDA_LANE_BUFFERS ? &device->lane->buffers[which] : &device->buffers[which];
+}
+
 uint8_t *cuda_buffer(struct compute_device *device, enum cuda_buffers which, size_t size)
 {
 	const struct kvg_cuda_driver *driver = device->cuda->driver;
-	struct cuda_buffer *buffer = &device->buffers[which];
+	struct cuda_buffer *buffer = cuda_buffer_at(device, which);
 	size_t room = BUFFER_MIN;
 	void *host = NULL;
 	CUdeviceptr at = 0;
@@ -96,8 +103,12 @@ uint8_t *cuda_buffer(struct compute_device *device, enum cuda_buffers which, siz
 
 	if (buffer->size >= size)
 		return buffer->at;
+	buffer->pinned = which == CUDA_UPLOAD || which == CUDA_READBACK;
 	while (room < size)
-		room += room / 2;
+		room += buffer->pinned ? room : room / 2; /* pinned memory takes over a millisecond to replace */
+	/* Launches of other requests may be using what is shared. */
+	if (buffer->at && which >= CUDA_LANE_BUFFERS)
+		(void)driver->cuStreamSynchronize(device->stream);
 	buffer_free(device, buffer);
 	buffer->pinned = which == CUDA_UPLOAD || which == CUDA_READBACK;
 	if (buffer->pinned)
@@ -115,7 +126,7 @@ uint8_t *cuda_buffer(struct compute_device *device, enum cuda_buffers which, siz
 CUresult cuda_upload(const struct compute_device *device, void *to, size_t size)
 {
 	return device->cuda->driver->cuMemcpyHtoDAsync(
-		(CUdeviceptr)(uintptr_t)to, device->buffers[CUDA_UPLOAD].at, size, device->stream);
+		(CUdeviceptr)(uintptr_t)to, device->lane->buffers[CUDA_UPLOAD].at, size, device->stream);
 }
 
 struct kvg_cuda_area cuda_area(const struct space *space)
@@ -246,6 +257,12 @@ static CUresult open_stream(struct compute_device *device, uint32_t layers)
 	return kvg_cuda_select_scratch_clear(device->kernels->select, device->select_scratch, layers, device->stream);
 }
 
+static void lane_free(const struct compute_device *device, struct cuda_lane *lane)
+{
+	for (unsigned i = 0; i < CUDA_LANE_BUFFERS; i++)
+		buffer_free(device, &lane->buffers[i]);
+}
+
 static void cuda_close(struct space *space)
 {
 	struct compute_device *device = space->device.compute;
@@ -259,7 +276,11 @@ static void cuda_close(struct space *space)
 	gate_set_close(space->gates);
 	if (device->stream)
 		(void)driver->cuStreamDestroy(device->stream);
-	for (unsigned i = 0; i < CUDA_BUFFERS; i++)
+	for (unsigned i = 0; i < CUDA_LANES; i++)
+		lane_free(device, &device->lanes[i]);
+	for (unsigned i = 0; i < META_RECORDS; i++)
+		lane_free(device, &device->evictions[i]);
+	for (unsigned i = CUDA_LANE_BUFFERS; i < CUDA_BUFFERS; i++)
 		buffer_free(device, &device->buffers[i]);
 	if (device->select_scratch)
 		(void)driver->cuMemFree((CUdeviceptr)(uintptr_t)device->select_scratch);
@@ -309,31 +330,53 @@ static int cuda_open(struct space *space, const struct space_memory *memory, cha
 
 static bool over(struct request *request, int status)
 {
-	struct compute_device *device = request->space->device.compute;
-
-	if (device->owner == request)
-		device->owner = NULL;
+	request->lane->owner = NULL;
 	if (status < 0)
 		request->job_status = status;
 	return true;
 }
 
-static bool start(struct request *request)
+/* An eviction's lane is its own; its jobs come one after the other. */
+static struct cuda_lane *free_lane(struct compute_device *device, const struct request *request)
+{
+	if (request->evict)
+		return &device->evictions[request->evict->slot];
+	for (unsigned i = 0; i < CUDA_LANES; i++)
+		if (!device->lanes[i].owner)
+			return &device->lanes[i];
+	return NULL;
+}
+
+static bool start(struct request *request, struct cuda_lane *lane)
 {
 	struct compute_device *device = request->space->device.compute;
 	CUdeviceptr flag = (CUdeviceptr)(uintptr_t)device->flag;
 	int r = cuda_status(device, kvg_cuda_enter(device->cuda), "entering the context");
 
-	device->owner = request;
+	assert(!lane->owner);
+	lane->owner = request;
+	request->lane = device->lane = lane;
 	request->launched = true;
 	if (r >= 0)
 		r = request->launch(request);
-	if (r >= 0)
+	if (r >= 0) {
+		lane->value = ++device->flag_value;
 		r = cuda_status(device,
-			device->cuda->driver->cuStreamWriteValue64(device->stream, flag, ++device->flag_value, 0),
+			device->cuda->driver->cuStreamWriteValue64(device->stream, flag, lane->value, 0),
 			"the end of a job");
+	}
 	device->asked_ns = loop_now();
-	return r < 0 ? over(request, r) : false;
+	if (r >= 0)
+		return false;
+	/* What was launched of it may still read the lane's memory. */
+	(void)device->cuda->driver->cuStreamSynchronize(device->stream);
+	return over(request, r);
+}
+
+static int end(struct request *request)
+{
+	request->space->device.compute->lane = request->lane;
+	return request->finish ? request->finish(request) : 0;
 }
 
 /* The driver is asked only about work that takes long: whether it has failed. */
@@ -353,18 +396,20 @@ static bool cuda_poll(struct job *job)
 {
 	struct request *request = list_entry(job, struct request, job);
 	struct compute_device *device = request->space->device.compute;
+	struct cuda_lane *lane;
 	int r;
 
 	if (!request->launched) {
 		if (atomic_load_explicit(&request->space->dying, memory_order_relaxed))
 			return true;
-		return device->owner ? false : start(request);
+		lane = free_lane(device, request);
+		return lane ? start(request, lane) : false;
 	}
-	if (__atomic_load_n(device->flag, __ATOMIC_ACQUIRE) < device->flag_value) {
+	if (__atomic_load_n(device->flag, __ATOMIC_ACQUIRE) < request->lane->value) {
 		r = check_stream(device);
 		return r < 0 ? over(request, r) : false;
 	}
-	return over(request, request->finish ? request->finish(request) : 0);
+	return over(request, end(request));
 }
 
 static int cuda_event(const struct space *space, void *event)
@@ -385,6 +430,9 @@ const struct compute_ops compute_cuda = {
 	.move = cuda_move,
 	.closes_holes = true,
 	.select_marks = true,
+	.move_publishes = true,
+	.evictions = META_RECORDS,
+	.creates_ahead = true,
 	.score = cuda_score,
 	.publish = cuda_publish,
 	.event = cuda_event,

@@ -1,8 +1,9 @@
 /*
  * cuda.h - the cuda kind's work for one worker: a stream, the kernels, buffers, and where the worker's kernels read.
  *
- * The stream is a lane: one request's work is on it at a time, so the buffers are its own from launch() to
- * finish(). All of it is the executor's.
+ * Work of several requests is on the stream at a time, in the order in which it was launched. Each has a lane, whose
+ * memory is its own from launch() to finish(); an eviction has the same one from its first job to its last. What is
+ * used within one launch only is shared: the stream runs launches one after the other. All of it is the executor's.
  */
 #ifndef KVG_SEQUENCE_CUDA_H
 #define KVG_SEQUENCE_CUDA_H
@@ -14,6 +15,8 @@
 #include "kernels/cuda/maxima.h"
 #include "kernels/cuda/select.h"
 
+#define CUDA_LANES 8u /* requests on the stream besides evictions */
+
 /* Memory that grows: contents are lost when it does. */
 struct cuda_buffer {
 	uint8_t *at; /* host address of pinned memory, device address of device memory */
@@ -22,16 +25,20 @@ struct cuda_buffer {
 };
 
 enum cuda_buffers {
+	/* Of a lane: */
 	CUDA_UPLOAD,   /* pinned: what goes to the device */
 	CUDA_READBACK, /* pinned: what comes from it */
-	CUDA_INPUT,    /* device: what was uploaded for the request at hand */
-	CUDA_EVICT,    /* device: rows and blocks of the eviction under way */
-	CUDA_SCORES,   /* device: candidates' scores, or scores of staged rows */
+	CUDA_EVICT,    /* device: rows and blocks of the eviction */
 	CUDA_KEEP,     /* device: decisions */
 	CUDA_COUNTS,   /* device: what is read back */
 	CUDA_LISTS,    /* device: survivors and holes */
-	CUDA_ROWS,     /* device: staged rows that lay on the host */
-	CUDA_GATE,     /* device: scratch of the gate */
+	CUDA_LANE_BUFFERS,
+	/* Of the worker, within one launch: */
+	CUDA_INPUT = CUDA_LANE_BUFFERS, /* device: what was uploaded for the request at hand */
+	CUDA_HELD,                      /* device: blocks that moves go to */
+	CUDA_SCORES,                    /* device: candidates' scores, or scores of staged rows */
+	CUDA_ROWS,                      /* device: staged rows that lay on the host */
+	CUDA_GATE,                      /* device: scratch of the gate */
 	CUDA_BUFFERS,
 };
 
@@ -45,14 +52,20 @@ struct cuda_eviction {
 	uint32_t *found; /* device */
 };
 
+struct cuda_lane {
+	struct request *owner; /* whose work is on the stream, or NULL */
+	uint64_t value;        /* the flag's when it is done */
+	struct cuda_buffer buffers[CUDA_LANE_BUFFERS];
+	struct cuda_eviction eviction;
+};
+
 struct compute_device {
 	struct space_device *space;
 	struct kind *kind;
 	const struct kvg_cuda *cuda;
 	const struct cuda_kernels *kernels; /* shared with the device's other workers */
 	CUstream stream;
-	struct request *owner; /* whose work is on the stream */
-	uint64_t *flag;        /* pinned: raised by the stream */
+	uint64_t *flag; /* pinned: raised by the stream behind each launch */
 	uint64_t flag_value, asked_ns;
 	bool registered; /* the staging memfd's mapping */
 	uint8_t *staging_base;
@@ -60,8 +73,9 @@ struct compute_device {
 	CUdeviceptr sync;         /* of struct kvg_sync */
 	uint8_t *table, *staging; /* device memory that the worker maps too */
 	void *select_scratch;     /* device */
-	struct cuda_buffer buffers[CUDA_BUFFERS];
-	struct cuda_eviction eviction;
+	struct cuda_lane lanes[CUDA_LANES], evictions[META_RECORDS];
+	struct cuda_lane *lane;                   /* of the request at hand */
+	struct cuda_buffer buffers[CUDA_BUFFERS]; /* from CUDA_LANE_BUFFERS on */
 };
 
 /* Kernels of one device, loaded at the daemon's start. */
@@ -78,6 +92,9 @@ const struct cuda_kernels *cuda_kernels(struct kind *kind);
 
 /* The buffer with room for `size` bytes. NULL when there is no memory. Nothing of the lane's is in flight. */
 uint8_t *cuda_buffer(struct compute_device *device, enum cuda_buffers which, size_t size);
+
+/* The same buffer as it is. */
+struct cuda_buffer *cuda_buffer_at(struct compute_device *device, enum cuda_buffers which);
 
 /* Enqueues the copy of `size` bytes of the upload buffer to a device buffer. */
 CUresult cuda_upload(const struct compute_device *device, void *to, size_t size);

@@ -61,6 +61,13 @@ void cuda_row_blocks(const struct sequence *sequence, uint32_t row, uint32_t fir
 		uint32_t at = first - held, place = at % KVG_RUN_BLOCKS;
 		uint32_t id = meta_run(part, sequence->slot, at / KVG_RUN_BLOCKS)[row];
 
+		if (place == 0 && end - first >= KVG_RUN_BLOCKS) { /* nearly always, and a few instructions */
+			for (uint32_t i = 0; i < KVG_RUN_BLOCKS; i++)
+				ids[i] = id + i;
+			ids += KVG_RUN_BLOCKS;
+			first += KVG_RUN_BLOCKS;
+			continue;
+		}
 		for (; place < KVG_RUN_BLOCKS && first < end; place++, first++)
 			*ids++ = id + place;
 	}
@@ -105,10 +112,10 @@ static int64_t fill_offsets(const struct evict *evict, uint32_t rows, uint32_t *
  */
 static size_t later_words(const struct request *request, uint32_t cap)
 {
-	size_t rows = request->space->rows, step = rows * (cap + 16),
+	size_t rows = request->space->rows, step = rows * (cap + 20),
 	       blocks = 2 * (size_t)request->space->part.worker->move_cap;
 
-	return (step > blocks ? step : blocks) + 128;
+	return (step > blocks ? step : blocks) + 256;
 }
 
 /* The rows go to the device. Returns the number of candidates. */
@@ -213,8 +220,8 @@ static int select_finish(struct request *request)
 {
 	const struct compute_device *device = request->space->device.compute;
 	struct evict *evict = request->evict;
-	uint32_t rows = request->space->rows, cap = device->eviction.counts.chunk_cap;
-	const uint32_t *found = (const uint32_t *)(void *)device->buffers[CUDA_READBACK].at;
+	uint32_t rows = request->space->rows, cap = device->lane->eviction.counts.chunk_cap;
+	const uint32_t *found = (const uint32_t *)(void *)device->lane->buffers[CUDA_READBACK].at;
 	const uint8_t *stripe_kept = (const uint8_t *)(found + 3 * (size_t)rows);
 
 	for (uint32_t row = 0; row < rows; row++) {
@@ -233,9 +240,9 @@ static int select_finish(struct request *request)
 static CUresult enqueue_mark(const struct request *request, uint32_t survivors, uint32_t holes)
 {
 	struct compute_device *device = request->space->device.compute;
-	struct cuda_eviction *eviction = &device->eviction;
+	struct cuda_eviction *eviction = &device->lane->eviction;
 	const struct kvg_cuda_area area = cuda_area(request->space);
-	uint32_t *lists = (uint32_t *)(void *)device->buffers[CUDA_LISTS].at;
+	uint32_t *lists = (uint32_t *)(void *)device->lane->buffers[CUDA_LISTS].at;
 
 	eviction->lists = (struct kvg_cuda_lists){.survivors = lists,
 		.holes = lists + (size_t)request->space->rows * survivors,
@@ -260,12 +267,27 @@ int cuda_mark(struct request *request)
 		request->space->device.compute, enqueue_mark(request, survivors, holes), "an eviction's marks");
 }
 
+/* The most survivors and holes that a row can have: survivors are listed from the nursery, holes in held blocks. */
+static void longest_lists(const struct request *request, uint32_t *survivors, uint32_t *holes)
+{
+	const struct evict *evict = request->evict;
+
+	*survivors = *holes = 1;
+	for (uint32_t row = 0; row < request->space->rows; row++) {
+		uint32_t fresh = evict->length[row] - evict->held[row];
+
+		*survivors = *survivors < fresh ? fresh : *survivors;
+		*holes = *holes < evict->held[row] ? evict->held[row] : *holes;
+	}
+}
+
 static CUresult enqueue_select(const struct request *request, struct cuda_eviction *eviction,
 	const struct kvg_cuda_select_input *in, uint8_t *keep, size_t counts)
 {
 	const struct compute_device *device = request->space->device.compute;
 	const struct kvg_cuda_evict *kernels = device->kernels->evict;
 	const struct kvg_cuda_area area = cuda_area(request->space);
+	uint32_t survivors, holes;
 	CUresult result;
 
 	eviction->kept.keep = keep;
@@ -276,27 +298,31 @@ static CUresult enqueue_select(const struct request *request, struct cuda_evicti
 	if (result == CUDA_SUCCESS)
 		result = kvg_cuda_evict_count(kernels, &area, &eviction->rows, &eviction->scope, &eviction->kept,
 			&eviction->counts, device->stream);
+	longest_lists(request, &survivors, &holes);
 	if (result == CUDA_SUCCESS && request->evict->marked)
-		result = enqueue_mark(request, eviction->rows.max_length + 1, eviction->rows.max_length + 1);
+		result = enqueue_mark(request, survivors, holes);
 	if (result == CUDA_SUCCESS)
-		result = device->cuda->driver->cuMemcpyDtoHAsync(device->buffers[CUDA_READBACK].at,
+		result = device->cuda->driver->cuMemcpyDtoHAsync(device->lane->buffers[CUDA_READBACK].at,
 			(CUdeviceptr)(uintptr_t)eviction->found, counts, device->stream);
 	return result;
 }
 
-static bool has_room(const struct request *request, uint32_t cap, uint32_t longest)
+static bool has_room(const struct request *request, uint32_t cap)
 {
 	struct compute_device *device = request->space->device.compute;
 	size_t rows = request->space->rows;
+	uint32_t survivors, holes;
 
+	longest_lists(request, &survivors, &holes);
 	return cuda_buffer(device, CUDA_INPUT, later_words(request, cap) * sizeof(uint32_t)) &&
-	       cuda_buffer(device, CUDA_LISTS, rows * 2 * (longest + (size_t)1) * sizeof(uint32_t));
+	       cuda_buffer(device, CUDA_HELD, rows * cap * sizeof(uint32_t)) &&
+	       cuda_buffer(device, CUDA_LISTS, rows * ((size_t)survivors + holes) * sizeof(uint32_t));
 }
 
 int cuda_select(struct request *request)
 {
 	struct compute_device *device = request->space->device.compute;
-	struct cuda_eviction *eviction = &device->eviction;
+	struct cuda_eviction *eviction = &device->lane->eviction;
 	uint32_t rows = request->space->rows, longest;
 	uint8_t *scores, *keep, *counted;
 	size_t counts;
@@ -312,7 +338,7 @@ int cuda_select(struct request *request)
 	counts = place_counts(eviction, rows, longest, NULL);
 	counted = cuda_buffer(device, CUDA_COUNTS, counts);
 	if (!scores || !keep || !counted || !cuda_buffer(device, CUDA_READBACK, counts) ||
-		!has_room(request, eviction->rows.ids_cap, longest))
+		!has_room(request, eviction->rows.ids_cap))
 		return -ENOMEM;
 	(void)place_counts(eviction, rows, longest, counted);
 	const struct kvg_cuda_select_input in = {.scores = (const float *)(void *)scores,
@@ -328,26 +354,90 @@ int cuda_select(struct request *request)
 
 /* ---- MOVE ---- */
 
-/* The rows' held blocks, the new ones with them. */
-static uint32_t held_cap(const struct sequence *sequence)
+/* What the worker's kernels read. */
+static struct kvg_cuda_table table_of(const struct space *space)
 {
-	const struct meta_row *rows = meta_rows(&sequence->space->part, sequence->slot);
-	uint32_t cap = 1;
+	const struct compute_device *device = space->device.compute;
+	const struct meta_worker *worker = space->part.worker;
 
-	for (uint32_t row = 0; row < sequence->space->rows; row++)
-		if (cap < rows[row].held_blocks + rows[row].pending)
-			cap = rows[row].held_blocks + rows[row].pending;
-	return cap;
+	return (struct kvg_cuda_table){.base_len = (uint32_t *)(void *)device->table,
+		.ids = (uint32_t *)(void *)(device->table + space->device.ids_offset),
+		.layers = worker->layers,
+		.heads = worker->heads,
+		.max_sequences = worker->max_sequences,
+		.row_cap = worker->row_cap};
 }
 
-static void fill_held(const struct sequence *sequence, uint32_t cap, uint32_t *ids)
+/* Of a row's held blocks, those that came since the eviction began. */
+static uint32_t new_blocks(const struct evict *evict, const struct meta_row *meta, uint32_t row)
 {
-	const struct meta_part *part = &sequence->space->part;
-	const struct meta_row *rows = meta_rows(part, sequence->slot);
+	uint32_t before = evict_first_changed(evict, row), now = meta->held_blocks + meta->pending;
+
+	return now > before ? now - before : 0;
+}
+
+static uint32_t count_new(const struct sequence *sequence, const struct evict *evict)
+{
+	const struct meta_row *meta = meta_rows(&sequence->space->part, sequence->slot);
+	uint32_t count = 0;
 
 	for (uint32_t row = 0; row < sequence->space->rows; row++)
-		memcpy(ids + (size_t)row * cap, meta_held(part, sequence->slot, row),
-			(rows[row].held_blocks + rows[row].pending) * sizeof(uint32_t));
+		count += new_blocks(evict, &meta[row], row);
+	return count;
+}
+
+static void fill_new(
+	const struct sequence *sequence, const struct evict *evict, struct kvg_cuda_table_row *at, uint32_t *packed)
+{
+	const struct meta_part *part = &sequence->space->part;
+	const struct meta_row *meta = meta_rows(part, sequence->slot);
+	uint32_t offset = 0;
+
+	for (uint32_t row = 0; row < sequence->space->rows; row++) {
+		at[row] = (struct kvg_cuda_table_row){.first = evict_first_changed(evict, row),
+			.count = new_blocks(evict, &meta[row], row),
+			.offset = offset};
+		memcpy(packed + offset, meta_held(part, sequence->slot, row) + at[row].first,
+			at[row].count * sizeof(uint32_t));
+		offset += at[row].count;
+	}
+}
+
+/* The table's entries as they will be when the step is published; the packed ids are the same. */
+static void fill_published(
+	const struct evict *evict, const struct kvg_cuda_table_row *new, uint32_t rows, struct kvg_cuda_table_row *at)
+{
+	for (uint32_t row = 0; row < rows; row++) {
+		const struct meta_redo_row *redo = &evict->record->rows[row];
+
+		at[row] = (struct kvg_cuda_table_row){.first = new[row].first,
+			.count = redo->held_blocks > new[row].first ? redo->held_blocks - new[row].first : 0,
+			.offset = new[row].offset,
+			.base_len = redo->held_len};
+	}
+}
+
+/*
+ * The rows' held blocks, the new ones with them, in the form of the ids that the eviction began with: those that it
+ * had are copied on the device, for there are many, and the new ones written over them.
+ */
+static CUresult make_held(
+	const struct request *request, const struct kvg_cuda_table_row *rows, const uint32_t *packed, uint32_t *ids)
+{
+	const struct compute_device *device = request->space->device.compute;
+	const struct kvg_cuda_rows *before = &device->lane->eviction.rows;
+	const struct kvg_cuda_table table = {.ids = ids,
+		.layers = before->layers,
+		.heads = before->heads,
+		.max_sequences = 1,
+		.row_cap = before->ids_cap};
+	CUresult result = device->cuda->driver->cuMemcpyDtoDAsync((CUdeviceptr)(uintptr_t)ids,
+		(CUdeviceptr)(uintptr_t)before->ids, (size_t)request->space->rows * before->ids_cap * sizeof(uint32_t),
+		device->stream);
+
+	return result != CUDA_SUCCESS
+		       ? result
+		       : kvg_cuda_evict_publish(device->kernels->evict, &table, 0, rows, packed, false, device->stream);
 }
 
 static uint32_t fill_moves(const struct evict *evict, uint32_t rows, struct kvg_cuda_move_row *moves)
@@ -387,47 +477,80 @@ static uint32_t fill_compaction(
 	return tiles;
 }
 
-static int move_pairs(struct request *request)
+/* What one step of moves is launched with, on the device. */
+struct step {
+	const struct kvg_cuda_table_row *new_rows, *published; /* published: NULL unless the step publishes */
+	const uint32_t *packed;
+	struct kvg_cuda_moves moves;
+	struct kvg_cuda_compaction compaction;
+};
+
+/* Everything of a step goes to the device. `ids`: where make_held() makes its destinations. */
+static int send_step(const struct request *request, uint32_t *ids, struct step *step)
 {
-	const struct sequence *sequence = request->sequence;
-	struct compute_device *device = request->space->device.compute;
 	const struct evict *evict = request->evict;
-	const struct cuda_eviction *eviction = &device->eviction;
-	const struct kvg_cuda_area area = cuda_area(request->space);
-	uint32_t rows = request->space->rows, cap = held_cap(sequence), *ids, *words;
-	struct kvg_cuda_moves moves = {.rows = rows,
-		.src_ids = eviction->rows.ids,
-		.src_cap = eviction->rows.ids_cap,
-		.dst_cap = cap,
-		.lists = eviction->lists};
-	struct kvg_cuda_compaction compaction = {.rows = rows, .ids_cap = cap, .lists = eviction->lists};
+	struct compute_device *device = request->space->device.compute;
+	const struct cuda_eviction *eviction = &device->lane->eviction;
+	uint32_t rows = request->space->rows, cap = eviction->rows.ids_cap, count = count_new(request->sequence, evict);
+	uint32_t *words, *new_rows;
 	struct parcel parcel;
-	CUresult result;
-	int r = parcel_open(device, CUDA_INPUT, (size_t)rows * (cap + 12), 3, &parcel);
+	int r = parcel_open(device, CUDA_INPUT, (size_t)rows * 20 + count, 5, &parcel);
 
 	if (r < 0)
 		return r;
-	moves.dst_ids = compaction.ids = parcel_words(&parcel, (size_t)rows * cap, &ids);
-	fill_held(sequence, cap, ids);
-	moves.move_rows = (const void *)parcel_words(&parcel, (size_t)rows * 8, &words);
-	moves.tiles = fill_moves(evict, rows, (void *)words);
-	compaction.compact_rows = (const void *)parcel_words(&parcel, (size_t)rows * 4, &words);
-	compaction.tiles = fill_compaction(evict, request->space->part.redo, rows, (void *)words);
-	r = parcel_send(device, &parcel);
+	*step = (struct step){.moves = {.rows = rows,
+				      .src_ids = eviction->rows.ids,
+				      .dst_ids = ids,
+				      .src_cap = cap,
+				      .dst_cap = cap,
+				      .lists = eviction->lists},
+		.compaction = {.rows = rows, .ids = ids, .ids_cap = cap, .lists = eviction->lists}};
+	step->new_rows = (const void *)parcel_words(&parcel, (size_t)rows * 4, &new_rows);
+	step->packed = parcel_words(&parcel, count, &words);
+	fill_new(request->sequence, evict, (void *)new_rows, words);
+	step->moves.move_rows = (const void *)parcel_words(&parcel, (size_t)rows * 8, &words);
+	step->moves.tiles = fill_moves(evict, rows, (void *)words);
+	step->compaction.compact_rows = (const void *)parcel_words(&parcel, (size_t)rows * 4, &words);
+	step->compaction.tiles = fill_compaction(evict, evict->record->redo, rows, (void *)words);
+	if (evict->publishes) {
+		step->published = (const void *)parcel_words(&parcel, (size_t)rows * 4, &words);
+		fill_published(evict, (const void *)new_rows, rows, (void *)words);
+	}
+	return parcel_send(device, &parcel);
+}
+
+static int move_pairs(const struct request *request)
+{
+	const struct space *space = request->space;
+	struct compute_device *device = space->device.compute;
+	const struct kvg_cuda_evict *kernels = device->kernels->evict;
+	const struct kvg_cuda_area area = cuda_area(space);
+	const struct kvg_cuda_table table = table_of(space);
+	uint32_t *ids = (uint32_t *)(void *)cuda_buffer(
+		device, CUDA_HELD, (size_t)space->rows * device->lane->eviction.rows.ids_cap * sizeof(uint32_t));
+	struct step step;
+	CUresult result;
+	int r = ids ? send_step(request, ids, &step) : -ENOMEM;
+
 	if (r < 0)
 		return r;
-	result = kvg_cuda_evict_move(device->kernels->evict, &area, &moves, device->stream);
+	result = make_held(request, step.new_rows, step.packed, ids);
 	if (result == CUDA_SUCCESS)
-		result = kvg_cuda_evict_compact(device->kernels->evict, &area, &compaction, device->stream);
+		result = kvg_cuda_evict_move(kernels, &area, &step.moves, device->stream);
+	if (result == CUDA_SUCCESS)
+		result = kvg_cuda_evict_compact(kernels, &area, &step.compaction, device->stream);
+	if (result == CUDA_SUCCESS && step.published)
+		result = kvg_cuda_evict_publish(
+			kernels, &table, request->sequence->slot, step.published, step.packed, true, device->stream);
 	return cuda_status(device, result, "an eviction's moves");
 }
 
 static int move_blocks(struct request *request)
 {
 	struct compute_device *device = request->space->device.compute;
-	const struct meta_part *part = &request->space->part;
+	const struct meta_record *record = request->evict->record;
 	const struct kvg_cuda_area area = cuda_area(request->space);
-	uint32_t count = part->redo->move_count, *words;
+	uint32_t count = record->redo->move_count, *words;
 	const struct kvg_cuda_relocation *blocks;
 	struct parcel parcel;
 	int r = parcel_open(device, CUDA_INPUT, (size_t)count * 2, 1, &parcel);
@@ -436,8 +559,8 @@ static int move_blocks(struct request *request)
 		return r;
 	blocks = (const void *)parcel_words(&parcel, (size_t)count * 2, &words);
 	for (uint32_t i = 0; i < count; i++) {
-		words[2 * i] = part->moves[i].src;
-		words[2 * i + 1] = part->moves[i].dst;
+		words[2 * i] = record->moves[i].src;
+		words[2 * i + 1] = record->moves[i].dst;
 	}
 	r = parcel_send(device, &parcel);
 	return r < 0 ? r
@@ -448,7 +571,7 @@ static int move_blocks(struct request *request)
 
 int cuda_move(struct request *request)
 {
-	struct meta_redo *redo = request->space->part.redo;
+	struct meta_redo *redo = request->evict->record->redo;
 
 	if (redo->kind == META_REDO_RELOCATE)
 		return move_blocks(request);
@@ -458,13 +581,16 @@ int cuda_move(struct request *request)
 
 /* ---- tables ---- */
 
-/* Entries of one row's ids that are published. */
-static struct kvg_cuda_table_row published(const struct publish *publish, const struct meta_row *row)
+/* Entries of one row's ids that are published: of held blocks, those that an eviction has changed. */
+static struct kvg_cuda_table_row published(const struct request *request, uint32_t index)
 {
+	const struct publish *publish = &request->publish;
+	const struct meta_row *row = &meta_rows(&request->space->part, request->sequence->slot)[index];
 	struct kvg_cuda_table_row at = {.base_len = row->base_len};
 
 	if (publish->held) {
-		at.count = row->held_blocks;
+		at.first = evict_first_changed(request->evict, index);
+		at.count = row->held_blocks > at.first ? row->held_blocks - at.first : 0;
 	} else {
 		at.first = row->held_blocks + publish->stripe_begin * KVG_RUN_BLOCKS;
 		at.count = (publish->stripe_end - publish->stripe_begin) * KVG_RUN_BLOCKS;
@@ -477,14 +603,13 @@ static int send_table(
 {
 	const struct sequence *sequence = request->sequence;
 	struct compute_device *device = request->space->device.compute;
-	const struct meta_row *meta = meta_rows(&request->space->part, sequence->slot);
 	uint32_t rows = request->space->rows, count = 0, *words, *packed;
 	struct kvg_cuda_table_row *at;
 	struct parcel parcel;
 	int r;
 
 	for (uint32_t row = 0; row < rows; row++)
-		count += published(&request->publish, &meta[row]).count;
+		count += published(request, row).count;
 	r = parcel_open(device, CUDA_INPUT, (size_t)rows * 4 + count, 2, &parcel);
 	if (r < 0)
 		return r;
@@ -492,7 +617,7 @@ static int send_table(
 	*ret_packed = parcel_words(&parcel, count, &packed);
 	at = (void *)words;
 	for (uint32_t row = 0, offset = 0; row < rows; offset += at[row++].count) {
-		at[row] = published(&request->publish, &meta[row]);
+		at[row] = published(request, row);
 		at[row].offset = offset;
 		cuda_row_blocks(sequence, row, at[row].first, at[row].count, packed + offset);
 	}
@@ -501,14 +626,8 @@ static int send_table(
 
 int cuda_publish(struct request *request)
 {
-	struct space *space = request->space;
-	const struct compute_device *device = space->device.compute;
-	const struct kvg_cuda_table table = {.base_len = (uint32_t *)(void *)device->table,
-		.ids = (uint32_t *)(void *)(device->table + space->device.ids_offset),
-		.layers = space->part.worker->layers,
-		.heads = space->part.worker->heads,
-		.max_sequences = space->part.worker->max_sequences,
-		.row_cap = space->part.worker->row_cap};
+	const struct compute_device *device = request->space->device.compute;
+	const struct kvg_cuda_table table = table_of(request->space);
 	const struct kvg_cuda_table_row *rows;
 	const uint32_t *packed;
 	CUresult result;

@@ -61,11 +61,12 @@ static CUresult run_gate(const struct request *request, struct kvg_cuda_scores *
 		.score_stride = rows};
 	uint8_t *out =
 		cuda_buffer(device, CUDA_SCORES, (size_t)request->sqe.stage.layer_count * heads * rows * sizeof(float));
-	uint8_t *scratch = device->buffers[CUDA_GATE].at;
+	struct cuda_buffer *before = cuda_buffer_at(device, CUDA_GATE);
+	uint8_t *scratch = before->at;
 	uint64_t scratch_size = kvg_cuda_gate_scratch(gate);
 	CUresult result = fetch_rows(request, staged_bytes(request, row_bytes), &input.data);
 
-	if (result == CUDA_SUCCESS && (!scratch || device->buffers[CUDA_GATE].size < scratch_size)) {
+	if (result == CUDA_SUCCESS && (!scratch || before->size < scratch_size)) {
 		scratch = cuda_buffer(device, CUDA_GATE, scratch_size);
 		result = scratch ? device->cuda->driver->cuMemsetD8Async(
 					   (CUdeviceptr)(uintptr_t)scratch, 0, KVG_CUDA_GATE_COUNTERS, device->stream)

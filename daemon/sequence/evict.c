@@ -9,27 +9,38 @@
 
 #include "daemon/sequence/admission.h"
 #include "daemon/sequence/compute.h"
+#include "daemon/sequence/keep.h"
 #include "daemon/sequence/promise.h"
 
-static void begin(struct request *request);
 static void step(struct request *request);
 
-/* The request is done with, one way or the other; the next eviction of the space may start. */
+/* Free blocks that nobody else may take. */
+static void set_reserve(struct request *request, uint64_t blocks)
+{
+	request->space->evict_reserve += blocks - request->evict->reserve;
+	request->evict->reserve = blocks;
+}
+
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+/* The request is done with, one way or the other; the next evictions of the space may start. */
 static void over(struct request *request)
 {
 	struct space *space = request->space;
-	struct list *next;
 
+	set_reserve(request, 0);
+	space->evict_slots &= ~(1u << request->evict->slot);
+	space->evicting--;
 	request->evict = evict_free(request->evict);
-	space->evicting = NULL;
-	space->evict_reserve = 0;
-	space->decoding = request->sqe.evict.mode == KVG_EVICT_DECODE;
+	request->sequence->decodes = request->sqe.evict.mode == KVG_EVICT_DECODE;
+	keep_update(request->sequence);
 	if (list_empty(&space->evict_queue)) /* else the next one may want them */
 		space_return_spare(space);
 	request_finish(request);
-	next = space->evicting ? NULL : list_pop(&space->evict_queue);
-	if (next)
-		begin(list_entry(next, struct request, node));
+	evict_begin_queued(space);
 }
 
 static void over_failed(struct request *request, int status)
@@ -57,7 +68,7 @@ static void set_phase(struct meta_seq *meta, enum meta_phase phase)
 
 /* ---- END ---- */
 
-static void fold_rows(struct sequence *sequence)
+static void fold_rows(struct sequence *sequence, const struct evict *evict)
 {
 	struct space *space = sequence->space;
 	struct meta_row *rows = meta_rows(&space->part, sequence->slot);
@@ -66,12 +77,15 @@ static void fold_rows(struct sequence *sequence)
 	sequence->meta->pairs = 0;
 	for (uint32_t row = 0; row < space->rows; row++) {
 		uint32_t blocks = rows[row].held_blocks, room = blocks * KVG_BLOCK_TOKENS - rows[row].held_len;
+		uint32_t first = evict_first_changed(evict, row);
 
 		rows[row].base_len = rows[row].held_len;
 		sequence->meta->pairs += rows[row].held_len;
 		slack = room < slack ? room : slack;
-		memcpy(table_row(&space->table, sequence->slot, row), meta_held(&space->part, sequence->slot, row),
-			blocks * sizeof(uint32_t));
+		if (first < blocks)
+			memcpy(table_row(&space->table, sequence->slot, row) + first,
+				meta_held(&space->part, sequence->slot, row) + first,
+				(blocks - first) * sizeof(uint32_t));
 		*table_base_len(&space->table, sequence->slot, row) = rows[row].base_len;
 	}
 	sequence->min_slack = slack;
@@ -84,10 +98,8 @@ static void give_rest(struct sequence *sequence)
 	struct meta_seq *meta = sequence->meta;
 
 	for (; meta->stripe_first < meta->stripes; meta->stripe_first++) {
-		const uint32_t *runs = meta_run(&space->part, sequence->slot, meta->stripe_first);
-
-		for (uint32_t row = 0; row < space->rows; row++)
-			blocks_give_run(&space->blocks, runs[row]);
+		blocks_give_runs(
+			&space->blocks, meta_run(&space->part, sequence->slot, meta->stripe_first), space->rows);
 		meta->blocks -= (uint64_t)space->rows * KVG_RUN_BLOCKS;
 	}
 	meta->stripe_first = meta->stripes = 0;
@@ -125,7 +137,7 @@ static void end(struct request *request)
 
 	set_phase(meta, META_PHASE_FOLDING);
 	give_rest(sequence);
-	fold_rows(sequence);
+	fold_rows(sequence, request->evict);
 	clamp_scored(sequence);
 	meta->fold_pos = meta->committed_pos;
 	meta->reserved_pos = meta->committed_pos + sequence->min_slack;
@@ -139,6 +151,10 @@ static void end(struct request *request)
 	promise_update(sequence);
 	sequence_publish(sequence);
 	report(request, request->evict->dropped);
+	if (request->evict->published && !request->evict->relocated) {
+		over(request);
+		return;
+	}
 	request->publish = (struct publish){.held = true, .lengths = true};
 	compute_publish(request, over);
 }
@@ -152,6 +168,7 @@ static void move_done(struct job *job)
 	if (space_job_ended(request->space) || space_job_lost(request))
 		return;
 	evict_publish(request->sequence, request->evict);
+	set_reserve(request, min_u64(request->evict->room, request->evict->new_blocks));
 	step(request);
 }
 
@@ -170,6 +187,7 @@ static void take_step(struct request *request, bool anywhere)
 	else
 		blocks_take(&space->blocks, &sequence->owner, META_HELD, need, evict->new_blocks - need, ids);
 	evict_plan(sequence, evict, ids);
+	set_reserve(request, evict->reserve - min_u64(evict->reserve, need));
 	free(ids);
 	compute_submit(request, space->compute->move, move_done);
 }
@@ -189,7 +207,7 @@ static void step(struct request *request)
 		return;
 	}
 	missing = blocks_missing(&request->space->blocks, &sequence->owner, META_HELD, evict->step_blocks,
-		evict->new_blocks - evict->step_blocks);
+		evict->new_blocks - evict->step_blocks, 0);
 	anywhere = missing > 0;
 	if (missing && request->grow_status >= 0 && space_try_grow(request, missing, "the eviction", step) >= 0)
 		return;
@@ -220,7 +238,7 @@ static void mark_done(struct job *job)
 static void room(struct request *request)
 {
 	struct space *space = request->space;
-	uint64_t need = (uint64_t)space->rows * EVICT_ROOM_BLOCKS, have = blocks_free_anywhere(&space->blocks);
+	uint64_t need = (uint64_t)space->rows * EVICT_ROOM_BLOCKS, have = evict_free_blocks(space, request->evict);
 	uint32_t each = space->arena->blocks_per_extent;
 	int r;
 
@@ -233,7 +251,8 @@ static void room(struct request *request)
 		if (r < 0)
 			over_failed(request, r);
 	} else {
-		space->evict_reserve = need;
+		request->evict->room = need;
+		set_reserve(request, need);
 		request->sequence->meta->next_prune_start = request->evict->context_end;
 		set_phase(request->sequence->meta, META_PHASE_MARKING);
 		compute_submit(request, space->compute->mark, mark_done);
@@ -257,8 +276,8 @@ static void select_done(struct job *job)
 		report(request, 0);
 		over(request);
 	} else if (request->evict->marked) {
-		if (request->space->evict_reserve > request->evict->new_blocks)
-			request->space->evict_reserve = request->evict->new_blocks;
+		request->evict->room = min_u64(request->evict->room, request->evict->new_blocks);
+		set_reserve(request, request->evict->room);
 		request->sequence->meta->next_prune_start = request->evict->context_end;
 		marked(request);
 	} else {
@@ -266,19 +285,62 @@ static void select_done(struct job *job)
 	}
 }
 
+/* The most that an eviction needs, and whether it is there besides what others have secured. */
+static uint64_t most_room(const struct space *space)
+{
+	return (uint64_t)space->rows * EVICT_ROOM_BLOCKS;
+}
+
+static bool has_room(const struct space *space)
+{
+	return blocks_free_anywhere(&space->blocks) >= space->evict_reserve + most_room(space);
+}
+
 static void begin(struct request *request)
 {
 	struct space *space = request->space;
-	uint64_t most = (uint64_t)space->rows * EVICT_ROOM_BLOCKS;
+	struct evict *evict = request->evict;
 
-	space->evicting = request;
+	evict->slot = (uint32_t)__builtin_ctz(~space->evict_slots);
+	evict->record = &space->part.records[evict->slot];
+	space->evict_slots |= 1u << evict->slot;
+	space->evicting++;
 	request->grow_status = 0;
-	if (space->compute->select_marks && blocks_free_anywhere(&space->blocks) >= most) {
-		request->evict->marked = true;
-		space->evict_reserve = most;
-		set_phase(request->sequence->meta, META_PHASE_MARKING);
+	if ((space->compute->select_marks || space->compute->evictions > 1) && has_room(space)) {
+		evict->room = most_room(space);
+		set_reserve(request, evict->room);
+		evict->marked = space->compute->select_marks;
 	}
+	if (evict->marked)
+		set_phase(request->sequence->meta, META_PHASE_MARKING);
 	compute_submit(request, space->compute->select, select_done);
+}
+
+/* Only the first of all may begin without its room. */
+static bool may_begin(const struct space *space)
+{
+	return !space->evicting || (space->evicting < space->compute->evictions && has_room(space));
+}
+
+void evict_begin_queued(struct space *space)
+{
+	while (!list_empty(&space->evict_queue) && may_begin(space))
+		begin(list_entry(list_pop(&space->evict_queue), struct request, node));
+}
+
+/* Room for as many evictions at a time as there can be, where the worker's sequences are promised it anyway. */
+static void grow_room(struct space *space)
+{
+	unsigned most = space->compute->evictions;
+	uint64_t have = blocks_free_anywhere(&space->blocks), need, missing, each = space->arena->blocks_per_extent;
+
+	if (most > space->sequence_count)
+		most = space->sequence_count;
+	if (space->evicting >= most)
+		return;
+	need = space->evict_reserve + (most - space->evicting) * most_room(space);
+	missing = need > have ? (need - have + each - 1) / each : 0;
+	space_grow_ahead(space, (uint32_t)min_u64(missing, space->part.worker->promised / space->arena->extent_size));
 }
 
 /* ---- what an eviction means for a sequence ---- */
@@ -380,8 +442,8 @@ void op_evict(struct request *request)
 		return;
 	}
 	request->evict = evict;
-	if (request->space->evicting)
-		list_add_tail(&request->space->evict_queue, &request->node);
-	else
-		begin(request);
+	list_add_tail(&request->space->evict_queue, &request->node);
+	evict_begin_queued(request->space);
+	if (evict->decode && !list_empty(&request->space->evict_queue))
+		grow_room(request->space);
 }

@@ -15,9 +15,13 @@
  * What runs on the executor is the kind's (compute.h); what runs on the reactor only counts, so it is the same for
  * each.
  *
- * Room: moving stripe by stripe needs at most 9 blocks a row beyond what earlier stripes freed
- * (8 for the stripe, 1 for the row's partial block). ROOM secures them, and while the eviction runs
- * no other sequence of the worker may take the last ones, so PLAN cannot fail.
+ * Room: a stripe's survivors take at most 8 blocks a row, and it frees as many. ROOM secures 9, and while the eviction
+ * runs nobody else of the worker may take the last ones, so PLAN cannot fail.
+ *
+ * Where the kind can (compute.h), several evictions of a worker run at a time, each with a redo record and a room of
+ * its own: one begins while others run only where its room is there besides theirs. A step takes from its eviction's
+ * room first and beyond it only what is in nobody's, and when it is published it has freed no less than it took: so
+ * rooms hold whatever the order of steps.
  */
 #ifndef KVG_EVICT_H
 #define KVG_EVICT_H
@@ -43,15 +47,22 @@ struct evict_step {
 
 struct evict {
 	bool decode;
-	bool marked;                    /* there was room before SELECT, which marks as well where the kind can */
-	uint32_t begin, end;            /* positions that may go (prefill) */
-	uint32_t context_end;           /* what prune_start becomes */
-	double ratio;                   /* r' */
-	uint32_t window;                /* ONCE: newest positions before `end` that count as the maximum */
-	uint32_t candidates;            /* of each row (prefill) */
-	uint32_t stripes;               /* that have committed tokens in some row */
-	uint64_t total, dropped;        /* pairs */
-	uint64_t new_blocks;            /* held blocks that the moves will need, less those taken */
+	bool marked;             /* there was room before SELECT, which marks as well where the kind can */
+	uint32_t begin, end;     /* positions that may go (prefill) */
+	uint32_t context_end;    /* what prune_start becomes */
+	double ratio;            /* r' */
+	uint32_t window;         /* ONCE: newest positions before `end` that count as the maximum */
+	uint32_t candidates;     /* of each row (prefill) */
+	uint32_t stripes;        /* that have committed tokens in some row */
+	uint64_t total, dropped; /* pairs */
+	uint64_t new_blocks;     /* held blocks that the moves will need, less those taken */
+	uint32_t slot;           /* among the worker's evictions under way, and of their redo records */
+	const struct meta_record *record;
+	uint64_t room;    /* free blocks that it has secured */
+	uint64_t reserve; /* of them, those that the step under way has not taken: counted in space->evict_reserve */
+	bool publishes;   /* the step under way writes the table that the worker's kernels read, and */
+	bool published;   /* an earlier one has */
+	bool relocated;   /* whole blocks went elsewhere, so that held blocks changed in the middle of rows */
 	uint32_t *length, *held;        /* [rows]: pairs, and those of them in held blocks */
 	uint32_t *kept;                 /* [rows]: pairs that stay */
 	uint32_t *holes;                /* [rows]: dropped places in held blocks that nothing fills yet */
@@ -68,6 +79,15 @@ struct evict *evict_free(struct evict *evict);
 
 /* Candidates of each row of a prefill eviction, and the rows' lengths and stripes. The rest is zero. 0 or -ENOMEM. */
 int evict_survey(const struct sequence *sequence, struct evict *evict);
+
+/* Free blocks but for those that other evictions have secured. */
+uint64_t evict_free_blocks(const struct space *space, const struct evict *evict);
+
+/* The first entry of a row's held blocks that may have changed since the eviction began. */
+uint32_t evict_first_changed(const struct evict *evict, uint32_t row);
+
+/* Begins evictions that wait, as many as there is room for. */
+void evict_begin_queued(struct space *space);
 
 /* Whether a position is kept whatever its score. */
 bool evict_is_protected(const struct meta_seq *meta, uint32_t pos);

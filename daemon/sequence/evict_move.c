@@ -85,8 +85,8 @@ static uint32_t list_compaction(const struct sequence *sequence, const struct ev
 /* Every move is written down before the first is made. */
 static void write_redo(const struct sequence *sequence, const struct evict *evict)
 {
-	struct meta_redo *redo = sequence->space->part.redo;
-	struct kvg_move *moves = (struct kvg_move *)sequence->space->part.moves;
+	struct meta_redo *redo = evict->record->redo;
+	struct kvg_move *moves = (struct kvg_move *)evict->record->moves;
 	uint32_t count = 0;
 
 	for (uint32_t row = redo->row_begin; row < redo->row_end; row++) {
@@ -101,20 +101,20 @@ static void write_redo(const struct sequence *sequence, const struct evict *evic
 
 void evict_move(const struct sequence *sequence, struct evict *evict)
 {
-	const struct meta_part *part = &sequence->space->part;
+	const struct meta_redo *redo = evict->record->redo;
 	const struct arena *arena = sequence->space->arena;
 	const struct kvg_group *group = &arena->layout.groups[0];
-	const struct kvg_move *moves = (const struct kvg_move *)part->moves;
+	const struct kvg_move *moves = (const struct kvg_move *)evict->record->moves;
 	struct kvg_move_area area = {.k_base = arena->base,
 		.v_base = arena->base + arena->extent_size / 2,
 		.stride = arena->stride,
 		.k_bytes = group->k_dim * (group->k_dtype == KVG_F32 ? 4u : 2u),
 		.v_bytes = group->v_dim * (group->v_dtype == KVG_F32 ? 4u : 2u)};
 
-	if (part->redo->kind == META_REDO_PACK)
+	if (redo->kind == META_REDO_PACK)
 		write_redo(sequence, evict);
-	kvg_move_run(&area, moves, part->redo->move_count);
-	for (uint32_t i = 0; i < part->redo->move_count; i++)
+	kvg_move_run(&area, moves, redo->move_count);
+	for (uint32_t i = 0; i < redo->move_count; i++)
 		memcpy(places_of(sequence, moves[i].dst) + moves[i].dst_place,
 			places_of(sequence, moves[i].src) + moves[i].src_place,
 			moves[i].count * sizeof(struct meta_place));

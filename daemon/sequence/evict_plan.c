@@ -87,6 +87,18 @@ void evict_count(const struct sequence *sequence, struct evict *evict)
 	}
 }
 
+uint64_t evict_free_blocks(const struct space *space, const struct evict *evict)
+{
+	uint64_t all = blocks_free_anywhere(&space->blocks), others = space->evict_reserve - evict->reserve;
+
+	return all > others ? all - others : 0;
+}
+
+uint32_t evict_first_changed(const struct evict *evict, uint32_t row)
+{
+	return evict->relocated ? 0 : evict->held[row] / KVG_BLOCK_TOKENS;
+}
+
 /* ---- choosing a step ---- */
 
 /* Held blocks that a row takes for `count` more survivors. */
@@ -124,20 +136,55 @@ static void add_stripe(const struct sequence *sequence, struct evict *evict, uin
 	evict->step_last = s + 1;
 }
 
+/* Moves that a step may have: where the device works them out from its lists, the redo record has none of them. */
+static uint64_t most_moves(const struct space *space)
+{
+	return space->compute->closes_holes ? UINT64_MAX : space->part.worker->move_cap;
+}
+
+/* Whether a step of that size needs no extents, no blocks of others, and no more moves than the record has room for. */
+static bool is_possible(const struct sequence *sequence, const struct evict *evict, const struct step_size *size)
+{
+	const struct space *space = sequence->space;
+
+	return size->moves <= most_moves(space) && size->blocks <= evict_free_blocks(space, evict) &&
+	       !blocks_missing(
+		       &space->blocks, &sequence->owner, META_HELD, size->blocks, evict->new_blocks - size->blocks, 0);
+}
+
+/* All stripes that are left, where that is possible. */
+static bool choose_all(const struct sequence *sequence, struct evict *evict)
+{
+	const struct meta_row *rows = meta_rows(&sequence->space->part, sequence->slot);
+	struct step_size size = {0};
+
+	for (uint32_t row = 0; row < sequence->space->rows; row++) {
+		uint32_t count = 0;
+
+		for (uint32_t s = evict->step_first; s < evict->stripes; s++)
+			count += evict->stripe_kept[row * evict->stripes + s];
+		evict->steps[row].count = count;
+		size.moves += count;
+		size.blocks += row_blocks(evict, &rows[row], row, count);
+	}
+	evict->step_blocks = size.blocks;
+	evict->step_last = evict->stripes;
+	return is_possible(sequence, evict, &size);
+}
+
 /* At least one stripe, and more while blocks are free for them and the redo record has room. */
 static void choose_stripes(const struct sequence *sequence, struct evict *evict)
 {
-	const struct space *space = sequence->space;
 	struct step_size size;
 
 	evict->step_first = sequence->meta->stripe_first;
-	for (uint32_t row = 0; row < space->rows; row++)
+	if (choose_all(sequence, evict))
+		return;
+	for (uint32_t row = 0; row < sequence->space->rows; row++)
 		evict->steps[row].count = 0;
 	for (uint32_t s = evict->step_first; s < evict->stripes; s++) {
 		size = size_with(sequence, evict, s);
-		if (s > evict->step_first && (size.moves > space->part.worker->move_cap ||
-						     blocks_missing(&space->blocks, &sequence->owner, META_HELD,
-							     size.blocks, evict->new_blocks - size.blocks)))
+		if (s > evict->step_first && !is_possible(sequence, evict, &size))
 			return;
 		add_stripe(sequence, evict, s, &size);
 	}
@@ -149,7 +196,7 @@ static bool choose_rows(const struct sequence *sequence, struct evict *evict)
 	const struct space *space = sequence->space;
 	uint32_t row = evict->compact_row, holes = 0;
 
-	for (; row < space->rows && holes + evict->holes[row] <= space->part.worker->move_cap; row++)
+	for (; row < space->rows && holes + (uint64_t)evict->holes[row] <= most_moves(space); row++)
 		holes += evict->holes[row];
 	evict->compact_end = row;
 	evict->step_blocks = 0;
@@ -182,14 +229,14 @@ static uint32_t place_row(const struct sequence *sequence, struct evict *evict, 
 	evict->holes[row] -= step->hole_count;
 	meta->pending = taken;
 	length = step->tail + step->count - step->hole_count;
-	part->redo_rows[row] = (struct meta_redo_row){.held_len = length, .held_blocks = meta->held_blocks + taken};
+	evict->record->rows[row] = (struct meta_redo_row){.held_len = length, .held_blocks = meta->held_blocks + taken};
 	return taken;
 }
 
 /* Pairs at the end of a row's held blocks go into the holes that are left before them. */
-static void close_row(const struct sequence *sequence, struct evict *evict, uint32_t row)
+static void close_row(struct evict *evict, uint32_t row)
 {
-	struct meta_redo_row *redo = &sequence->space->part.redo_rows[row];
+	struct meta_redo_row *redo = &evict->record->rows[row];
 
 	evict->steps[row].closed = evict->holes[row];
 	if (!evict->holes[row])
@@ -207,11 +254,12 @@ static void plan_stripes(struct sequence *sequence, struct evict *evict, const u
 	for (uint32_t row = 0; row < space->rows; row++) {
 		ids += place_row(sequence, evict, row, ids);
 		if (closing)
-			close_row(sequence, evict, row);
+			close_row(evict, row);
 	}
+	evict->publishes = closing && space->compute->move_publishes;
 	sequence->meta->blocks += evict->step_blocks;
 	evict->new_blocks -= evict->step_blocks;
-	*space->part.redo = (struct meta_redo){
+	*evict->record->redo = (struct meta_redo){
 		.seq = sequence->slot, .stripe_first = evict->step_last, .row_begin = 0, .row_end = space->rows};
 }
 
@@ -223,11 +271,11 @@ static void plan_compaction(const struct sequence *sequence, struct evict *evict
 	for (uint32_t row = evict->compact_row; row < evict->compact_end; row++) {
 		evict->steps[row].count = evict->steps[row].hole_count = 0;
 		evict->steps[row].tail = rows[row].held_len;
-		part->redo_rows[row] =
+		evict->record->rows[row] =
 			(struct meta_redo_row){.held_len = rows[row].held_len, .held_blocks = rows[row].held_blocks};
-		close_row(sequence, evict, row);
+		close_row(evict, row);
 	}
-	*part->redo = (struct meta_redo){.seq = sequence->slot,
+	*evict->record->redo = (struct meta_redo){.seq = sequence->slot,
 		.stripe_first = sequence->meta->stripe_first,
 		.row_begin = evict->compact_row,
 		.row_end = evict->compact_end};
@@ -244,11 +292,11 @@ void evict_plan(struct sequence *sequence, struct evict *evict, const uint32_t *
 
 /* ---- PUBLISH ---- */
 
-static void publish_row(struct sequence *sequence, uint32_t row)
+static void publish_row(struct sequence *sequence, const struct evict *evict, uint32_t row)
 {
 	struct space *space = sequence->space;
 	struct meta_row *meta = &meta_rows(&space->part, sequence->slot)[row];
-	const struct meta_redo_row *redo = &space->part.redo_rows[row];
+	const struct meta_redo_row *redo = &evict->record->rows[row];
 	const uint32_t *held = meta_held(&space->part, sequence->slot, row);
 	uint32_t before = meta->held_blocks + meta->pending;
 
@@ -260,16 +308,17 @@ static void publish_row(struct sequence *sequence, uint32_t row)
 	sequence->meta->blocks -= before - redo->held_blocks;
 }
 
-static void publish_relocation(struct sequence *sequence)
+static void publish_relocation(struct sequence *sequence, struct evict *evict)
 {
 	struct space *space = sequence->space;
-	const struct meta_part *part = &space->part;
+	const struct meta_record *record = evict->record;
 
-	for (uint32_t i = 0; i < part->redo->move_count; i++) {
-		const struct meta_relocation *at = &part->relocations[i];
+	evict->relocated = true;
+	for (uint32_t i = 0; i < record->redo->move_count; i++) {
+		const struct meta_relocation *at = &record->relocations[i];
 
-		meta_held(part, sequence->slot, at->row)[at->index] = part->moves[i].dst;
-		blocks_give(&space->blocks, part->moves[i].src);
+		meta_held(&space->part, sequence->slot, at->row)[at->index] = record->moves[i].dst;
+		blocks_give(&space->blocks, record->moves[i].src);
 		sequence->meta->blocks--;
 	}
 }
@@ -289,20 +338,20 @@ static void advance(struct evict *evict, uint32_t rows)
 void evict_publish(struct sequence *sequence, struct evict *evict)
 {
 	struct space *space = sequence->space;
-	struct meta_redo *redo = space->part.redo;
+	struct meta_redo *redo = evict->record->redo;
 
 	redo->state = META_REDO_MOVED;
 	if (redo->kind == META_REDO_RELOCATE)
-		publish_relocation(sequence);
+		publish_relocation(sequence, evict);
 	for (uint32_t row = redo->row_begin; row < redo->row_end; row++)
-		publish_row(sequence, row);
+		publish_row(sequence, evict, row);
 	for (; sequence->meta->stripe_first < redo->stripe_first; sequence->meta->stripe_first++) {
-		const uint32_t *runs = meta_run(&space->part, sequence->slot, sequence->meta->stripe_first);
-
-		for (uint32_t row = 0; row < space->rows; row++)
-			blocks_give_run(&space->blocks, runs[row]);
+		blocks_give_runs(&space->blocks, meta_run(&space->part, sequence->slot, sequence->meta->stripe_first),
+			space->rows);
 		sequence->meta->blocks -= (uint64_t)space->rows * KVG_RUN_BLOCKS;
 	}
 	redo->state = META_REDO_NONE;
+	evict->published |= evict->publishes;
+	evict->publishes = false;
 	advance(evict, space->rows);
 }

@@ -53,11 +53,10 @@ static int by_use(const void *a, const void *b)
 }
 
 /* Closes the sparsest extents whose blocks are all the sequence's and fit in what is free elsewhere. */
-static void close_sparse(struct sequence *sequence, struct survey *survey)
+static void close_sparse(struct sequence *sequence, struct survey *survey, uint64_t room)
 {
 	struct block_space *blocks = &sequence->space->blocks;
-	uint64_t room = (uint64_t)sequence->owner.free_units[META_HELD] + blocks->shared.free_units[META_HELD],
-		 moved = 0;
+	uint64_t moved = 0;
 
 	if (survey->count == 0)
 		return;
@@ -75,19 +74,19 @@ static void close_sparse(struct sequence *sequence, struct survey *survey)
 	}
 }
 
-static void choose_extents(struct sequence *sequence)
+static void choose_extents(struct sequence *sequence, uint64_t room)
 {
 	struct survey survey = {0};
 
 	if (survey_rows(sequence, &survey))
-		close_sparse(sequence, &survey);
+		close_sparse(sequence, &survey, room);
 	for (uint32_t i = 0; i < survey.count; i++)
 		survey.extents[i]->counted = 0;
 	free(survey.extents);
 }
 
 /* Lists blocks of closed extents, as many as a step may move. */
-static uint32_t list_blocks(const struct sequence *sequence)
+static uint32_t list_blocks(const struct sequence *sequence, const struct meta_record *record)
 {
 	const struct space *space = sequence->space;
 	const struct meta_part *part = &space->part;
@@ -100,8 +99,8 @@ static uint32_t list_blocks(const struct sequence *sequence)
 		for (uint32_t i = 0; i < rows[row].held_blocks && count < part->worker->move_cap; i++) {
 			if (blocks_extent(&space->blocks, held[i])->owner != &space->blocks.closed)
 				continue;
-			part->relocations[count] = (struct meta_relocation){.row = row, .index = i};
-			part->moves[count++] = (struct meta_move){.src = held[i], .count = KVG_BLOCK_TOKENS};
+			record->relocations[count] = (struct meta_relocation){.row = row, .index = i};
+			record->moves[count++] = (struct meta_move){.src = held[i], .count = KVG_BLOCK_TOKENS};
 		}
 	}
 	return count;
@@ -117,35 +116,44 @@ static bool is_worthwhile(const struct sequence *sequence, const struct evict *e
 	       (!evict->decode || room * RELOCATE_SHARE >= sequence->meta->blocks);
 }
 
+/* Free blocks of held extents that the sequence may take, but for those that other evictions have secured. */
+static uint64_t room_of(const struct sequence *sequence, const struct evict *evict)
+{
+	const struct space *space = sequence->space;
+	uint64_t room = (uint64_t)sequence->owner.free_units[META_HELD] + space->blocks.shared.free_units[META_HELD],
+		 most = evict_free_blocks(space, evict);
+
+	return room < most ? room : most;
+}
+
 bool evict_plan_relocation(struct sequence *sequence, const struct evict *evict)
 {
 	struct space *space = sequence->space;
-	struct meta_part *part = &space->part;
-	uint64_t room = (uint64_t)sequence->owner.free_units[META_HELD] + space->blocks.shared.free_units[META_HELD];
+	const struct meta_record *record = evict->record;
+	uint64_t room = room_of(sequence, evict);
 	uint32_t count, *ids;
 
 	if (space->blocks.closed.extents == 0 && !is_worthwhile(sequence, evict, room))
 		return false;
 	if (space->blocks.closed.extents == 0)
-		choose_extents(sequence);
+		choose_extents(sequence, room);
 	if (space->blocks.closed.extents == 0)
 		return false;
-	count = list_blocks(sequence);
-	if (count == 0 ||
-		count > (uint64_t)sequence->owner.free_units[META_HELD] + space->blocks.shared.free_units[META_HELD])
+	count = list_blocks(sequence, record);
+	if (count == 0 || count > room_of(sequence, evict))
 		return false;
 	ids = malloc((count + 1) * sizeof(uint32_t));
 	if (!ids)
 		return false;
 	blocks_take_open(&space->blocks, &sequence->owner, count, ids);
 	for (uint32_t i = 0; i < count; i++)
-		part->moves[i].dst = ids[i];
+		record->moves[i].dst = ids[i];
 	free(ids);
 	sequence->meta->blocks += count;
-	*part->redo = (struct meta_redo){.seq = sequence->slot,
+	*record->redo = (struct meta_redo){.seq = sequence->slot,
 		.stripe_first = sequence->meta->stripe_first,
 		.move_count = count,
 		.kind = META_REDO_RELOCATE};
-	__atomic_store_n(&part->redo->state, META_REDO_PLANNED, __ATOMIC_RELEASE);
+	__atomic_store_n(&record->redo->state, META_REDO_PLANNED, __ATOMIC_RELEASE);
 	return true;
 }

@@ -6,6 +6,7 @@
 
 #include "daemon/sequence/admission.h"
 #include "daemon/sequence/compute.h"
+#include "daemon/sequence/keep.h"
 #include "daemon/sequence/promise.h"
 #include "daemon/sequence/space.h"
 
@@ -74,14 +75,22 @@ void op_create(struct request *request)
 
 /* ---- reserve ---- */
 
-static void publish_run(struct sequence *sequence, uint32_t row, uint32_t stripe, uint32_t first)
+/* Runs of stripes from `begin` on go to the table, row by row: rows lie pages apart. */
+static void publish_stripes(struct sequence *sequence, uint32_t begin, uint32_t end)
 {
 	struct space *space = sequence->space;
-	uint32_t held = meta_rows(&space->part, sequence->slot)[row].held_blocks;
-	uint32_t *ids = table_row(&space->table, sequence->slot, row) + held + (size_t)stripe * KVG_RUN_BLOCKS;
 
-	for (uint32_t i = 0; i < KVG_RUN_BLOCKS; i++)
-		ids[i] = first + i;
+	for (uint32_t row = 0; row < space->rows; row++) {
+		uint32_t held = meta_rows(&space->part, sequence->slot)[row].held_blocks;
+		uint32_t *ids = table_row(&space->table, sequence->slot, row) + held + (size_t)begin * KVG_RUN_BLOCKS;
+
+		for (uint32_t s = begin; s < end; s++, ids += KVG_RUN_BLOCKS) {
+			uint32_t first = meta_run(&space->part, sequence->slot, s)[row];
+
+			for (uint32_t i = 0; i < KVG_RUN_BLOCKS; i++)
+				ids[i] = first + i;
+		}
+	}
 }
 
 /* ahead: runs that the stripes after this one will take; anywhere: from whatever extent has free ones. */
@@ -95,30 +104,44 @@ static void add_stripe(struct sequence *sequence, uint64_t ahead, bool anywhere)
 		blocks_take_runs_anywhere(&space->blocks, &sequence->owner, space->rows, runs);
 	else
 		blocks_take(&space->blocks, &sequence->owner, META_NURSERY, space->rows, ahead, runs);
-	for (uint32_t row = 0; row < space->rows; row++)
-		publish_run(sequence, row, meta->stripes, runs[row]);
 	meta->stripes++;
 	meta->blocks += (uint64_t)space->rows * KVG_RUN_BLOCKS;
 }
 
-/* Extents to create before `stripes` can be taken; blocks that an eviction counts on are left to it. */
-static uint32_t reserve_missing(const struct sequence *sequence, uint32_t stripes)
+/* Extents to create before `stripes` can be taken; blocks that an eviction or others count on are left to them. */
+static uint32_t reserve_missing(const struct request *request, uint32_t stripes)
 {
+	const struct sequence *sequence = request->sequence;
 	const struct space *space = sequence->space;
 	uint64_t units = (uint64_t)stripes * space->rows, need = units * KVG_RUN_BLOCKS + space->evict_reserve;
 	uint64_t all = blocks_free_anywhere(&space->blocks), each = space->arena->blocks_per_extent;
-	uint32_t missing = blocks_missing(&space->blocks, &sequence->owner, META_NURSERY, units, 0);
+	uint32_t missing = blocks_missing(&space->blocks, &sequence->owner, META_NURSERY, units, 0, request->withheld);
 
 	if (space->evicting && need > all && missing * each < need - all)
 		missing = (uint32_t)((need - all + each - 1) / each);
 	return missing;
 }
 
-/* Whether extents of either generation have that many runs besides what an eviction counts on. */
-static bool has_runs_anywhere(const struct space *space, uint64_t units)
+/* Whether extents of either generation have that many runs besides what an eviction and others count on. */
+static bool has_runs_anywhere(const struct request *request, uint64_t units)
 {
-	return blocks_free_anywhere(&space->blocks) >= units * KVG_RUN_BLOCKS + space->evict_reserve &&
-	       blocks_free_runs_anywhere(&space->blocks) >= units;
+	const struct space *space = request->space;
+	uint32_t spare = space->blocks.spare_count, kept = request->withheld < spare ? request->withheld : spare;
+	uint64_t others = (uint64_t)kept * space->arena->blocks_per_extent;
+
+	return blocks_free_anywhere(&space->blocks) >= units * KVG_RUN_BLOCKS + space->evict_reserve + others &&
+	       blocks_free_runs_anywhere(&space->blocks) >= units + others / KVG_RUN_BLOCKS;
+}
+
+/* What the next eviction will want is created when nobody waits for this request any more. */
+static void reserve_done(struct request *request)
+{
+	const struct sequence *sequence = request->sequence;
+	struct space *space = request->space;
+	uint32_t ahead = keep_ahead(sequence);
+
+	request_finish(request);
+	space_grow_ahead(space, ahead);
 }
 
 static void reserved(struct request *request)
@@ -131,12 +154,13 @@ static void reserved(struct request *request)
 	if (meta->reserved_pos > max)
 		meta->reserved_pos = max;
 	promise_update(sequence);
+	keep_update(sequence);
 	sequence_publish(sequence);
 	request->cqe.value[0] = meta->reserved_pos;
 	if (request->publish.stripe_end > request->publish.stripe_begin)
-		compute_publish(request, request_finish);
+		compute_publish(request, reserve_done);
 	else
-		request_finish(request);
+		reserve_done(request);
 }
 
 static void reserve_step(struct request *request)
@@ -152,14 +176,14 @@ static void reserve_step(struct request *request)
 	stripes = stripes > meta->stripes ? stripes - meta->stripes : 0;
 	units = (uint64_t)stripes * sequence->space->rows;
 	if (stripes)
-		missing = reserve_missing(sequence, stripes);
+		missing = reserve_missing(request, stripes);
 	if (missing && request->grow_status >= 0) {
 		request->grow_status = space_try_grow(request, missing, "reserve", reserve_step);
 		if (request->grow_status >= 0)
 			return;
 	}
 	/* Its blocks are there, if not in extents of its own: the promise counts blocks of both generations as one. */
-	if (missing && !has_runs_anywhere(sequence->space, units)) {
+	if (missing && !has_runs_anywhere(request, units)) {
 		request->cqe.status = request->grow_status;
 		request_finish(request);
 		return;
@@ -167,6 +191,7 @@ static void reserve_step(struct request *request)
 	request->publish = (struct publish){.stripe_begin = meta->stripes, .stripe_end = meta->stripes + stripes};
 	for (uint32_t i = 0; i < stripes; i++)
 		add_stripe(sequence, (uint64_t)(stripes - i - 1) * sequence->space->rows, missing > 0);
+	publish_stripes(sequence, request->publish.stripe_begin, meta->stripes);
 	reserved(request);
 }
 
@@ -182,6 +207,7 @@ void op_reserve(struct request *request)
 			request->sqe.seq, target, max);
 		return;
 	}
+	request->withheld = request->space->blocks.spare_count - keep_usable(request->sequence);
 	reserve_step(request);
 }
 
@@ -275,12 +301,8 @@ static void give_blocks(struct sequence *sequence)
 		for (uint32_t i = 0; i < rows[row].held_blocks; i++)
 			blocks_give(&space->blocks, held[i]);
 	}
-	for (uint32_t s = 0; s < sequence->meta->stripes; s++) {
-		const uint32_t *runs = meta_run(&space->part, sequence->slot, s);
-
-		for (uint32_t row = 0; row < space->rows; row++)
-			blocks_give_run(&space->blocks, runs[row]);
-	}
+	for (uint32_t s = 0; s < sequence->meta->stripes; s++)
+		blocks_give_runs(&space->blocks, meta_run(&space->part, sequence->slot, s), space->rows);
 }
 
 static void sequence_drop(struct sequence *sequence)
@@ -294,6 +316,7 @@ static void sequence_drop(struct sequence *sequence)
 	}
 	block_owner_deinit(&space->blocks, &sequence->owner);
 	promise_forget(sequence);
+	keep_forget(sequence);
 	table_forget(&space->table, slot);
 	memset(sequence->meta, 0, sizeof(*sequence->meta));
 	space->sequences[slot] = NULL;

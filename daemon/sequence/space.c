@@ -10,6 +10,7 @@
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/evict.h"
 #include "daemon/sequence/gates.h"
+#include "daemon/sequence/keep.h"
 #include "daemon/sequence/layout.h"
 #include "daemon/sequence/promise.h"
 
@@ -476,16 +477,16 @@ struct grow {
 	void (*again)(struct request *);
 };
 
-static int announce(struct space *space, struct extent_batch *batch)
+static int announce(struct space *space, struct list *new)
 {
 	struct extent *extents[64];
 	int r = 0;
 
-	while (!list_empty(&batch->extents)) {
+	while (!list_empty(new)) {
 		uint32_t count = 0;
 		struct list *node;
 
-		while (count < 64 && (node = list_pop(&batch->extents))) {
+		while (count < 64 && (node = list_pop(new))) {
 			extents[count] = list_entry(node, struct extent, node);
 			blocks_add_extent(&space->blocks, extents[count++]);
 		}
@@ -493,6 +494,14 @@ static int announce(struct space *space, struct extent_batch *batch)
 			r = space->ops->extents_added(space->user, extents, count);
 	}
 	return r;
+}
+
+/* The worker maps some while others are created. */
+static void grown_part(struct extent_batch *batch, struct list *extents)
+{
+	const struct grow *grow = batch->user;
+
+	(void)announce(grow->request->space, extents);
 }
 
 static void grown(struct extent_batch *batch)
@@ -506,7 +515,7 @@ static void grown(struct extent_batch *batch)
 	if (status < 0)
 		release_batch(space, batch);
 	else
-		status = announce(space, batch);
+		status = announce(space, &batch->extents);
 	(void)extent_batch_free(batch);
 	if (space_job_ended(space))
 		return;
@@ -514,19 +523,27 @@ static void grown(struct extent_batch *batch)
 		(void)snprintf(request->text, sizeof(request->text), "%s: memory of the %s: %s",
 			space->tenant->quota.name, has_device(space->pool) ? "device" : "host", strerror(-status));
 	request->grow_status = status;
+	if (status < 0)
+		space_return_spare(space);
 	grow.again(request);
 }
 
-/* The batch could not even be filled: undo the charge. */
-static int undo_grow(struct request *request, struct extent_batch *batch, uint64_t bytes, int status)
+/* The batch could not even be filled. */
+static void undo_charge(struct space *space, struct extent_batch *batch, uint64_t bytes)
 {
-	struct space *space = request->space;
 	uint64_t rest = bytes - (batch ? batch->count * space->arena->extent_size : 0);
 
 	quota_refund_to_promise(&space->tenant->quota, rest, promise_refund(space, rest));
 	if (batch)
 		release_batch(space, batch);
 	(void)extent_batch_free(batch);
+}
+
+static int undo_grow(struct request *request, struct extent_batch *batch, uint64_t bytes, int status)
+{
+	const struct space *space = request->space;
+
+	undo_charge(request->space, batch, bytes);
 	(void)snprintf(request->text, sizeof(request->text), "%s: extents of %" PRIu64 " bytes: %s",
 		space->tenant->quota.name, bytes, strerror(-status));
 	return status;
@@ -555,27 +572,50 @@ int space_try_grow(struct request *request, uint32_t extents, const char *what, 
 		free(grow);
 		return undo_grow(request, batch, bytes, r);
 	}
+	batch->part = grown_part;
 	space->jobs++;
 	extent_batch_create(batch);
 	return 0;
 }
 
-/*
- * While sequences decode, their evictions free extents that their next tokens take again: those that the worker has a
- * right to draw anyway stay. Their refund would become promise at once, so nobody else has less by it.
- */
-static uint32_t spare_to_keep(const struct space *space)
+static void grown_ahead(struct extent_batch *batch)
 {
-	uint64_t promised = space->part.worker->promised / space->arena->extent_size;
+	struct space *space = batch->user;
 
-	if (!space->decoding || space->rights <= promised)
-		return 0;
-	return space->rights - promised < UINT32_MAX ? (uint32_t)(space->rights - promised) : UINT32_MAX;
+	space->growing = false;
+	if (batch->status < 0)
+		release_batch(space, batch);
+	else
+		(void)announce(space, &batch->extents);
+	(void)extent_batch_free(batch);
+	if (!space_job_ended(space))
+		evict_begin_queued(space);
+}
+
+void space_grow_ahead(struct space *space, uint32_t extents)
+{
+	uint64_t bytes = extents * (uint64_t)space->arena->extent_size;
+	struct extent_batch *batch;
+	char text[QUOTA_TEXT];
+
+	if (!extents || space->growing || bytes > space->part.worker->promised ||
+		quota_charge(&space->tenant->quota, bytes, bytes, "an eviction to come", text) < 0)
+		return;
+	promise_drawn(space, bytes);
+	batch = extent_batch_new(space->pool, grown_ahead, space);
+	if (!batch || extent_batch_add_new(batch, space->arena, &space->tenant->quota, space->tenant->index,
+			      space->index, extents) < 0) {
+		undo_charge(space, batch, bytes);
+		return;
+	}
+	space->growing = true;
+	space->jobs++;
+	extent_batch_create(batch);
 }
 
 void space_return_spare(struct space *space)
 {
-	uint32_t slots[1024], keep = spare_to_keep(space);
+	uint32_t slots[1024], keep = keep_count(space);
 
 	while (!space->evicting && space->blocks.spare_count > keep) {
 		uint32_t count = 0;

@@ -4,9 +4,9 @@
  *
  * Requests of one sequence run in order; a request that needs the executor
  * keeps its sequence busy and later ones wait in the sequence's queue. Requests
- * of different sequences overtake each other, except evictions, of which a space
- * runs one at a time. Each request submitted is completed exactly once, unless
- * the space is killed first.
+ * of different sequences overtake each other, except evictions, which begin in
+ * order and of which a space runs as many at a time as its kind can. Each request
+ * submitted is completed exactly once, unless the space is killed first.
  *
  * A space that is killed waits for its jobs, then gives every extent back, and
  * reports closed() when the last byte is in the pool again.
@@ -26,6 +26,7 @@ struct space;
 struct evict;
 struct compute_ops;
 struct compute_device;
+struct cuda_lane;
 
 struct sequence {
 	struct space *space;
@@ -34,6 +35,8 @@ struct sequence {
 	struct block_owner owner;
 	uint32_t min_slack; /* free places in the last held block of the row that has fewest */
 	uint64_t right;     /* extents that it may draw from the worker's promise */
+	uint64_t wanted;    /* extents without blocks that it will fill soon, see keep.h */
+	bool decodes;       /* its last eviction was one of decoding */
 	bool busy;
 	struct list queue; /* requests that wait */
 };
@@ -57,6 +60,7 @@ struct request {
 	int (*finish)(struct request *); /* set by launch(): what is left when its work is done */
 	void (*after)(struct request *);
 	bool launched;
+	struct cuda_lane *lane; /* see cuda.h */
 	int job_status;
 	uint64_t deadline_ns, asked_ns; /* of a wait: when it ends, and when its event was asked for */
 	bool happened;                  /* its event */
@@ -64,7 +68,8 @@ struct request {
 	uint32_t layer, row;           /* STAGE: the next to score */
 	struct import *buffer, *event; /* imports that the entry uses */
 	struct evict *evict;
-	int grow_status; /* of the last space_try_grow() that went on the executor */
+	int grow_status;   /* of the last space_try_grow() that went on the executor */
+	uint32_t withheld; /* RESERVE: extents without blocks that others count on */
 };
 
 /* What a space tells its session; given at creation, called on the reactor. */
@@ -119,13 +124,15 @@ struct space {
 	uint32_t *free_slots, free_count, sequence_count;
 	uint64_t claimed; /* of the tenant, see space_claim() */
 	uint64_t rights;  /* extents: the sum over its sequences, see promise.h */
+	uint64_t wanted;  /* the same, see keep.h */
+	bool growing;     /* extents are created ahead */
 	uint32_t epoch;
 	unsigned waits;         /* requests that the executor asks about, see compute_wait() */
 	struct list wait_queue; /* those that come after them */
 	struct list evict_queue;
-	struct request *evicting;
-	bool decoding;          /* the last eviction was one of decoding */
-	uint64_t evict_reserve; /* free blocks that only the eviction under way may take */
+	unsigned evicting;      /* evictions under way */
+	uint32_t evict_slots;   /* of them, by bit */
+	uint64_t evict_reserve; /* free blocks that only evictions under way may take */
 	unsigned jobs;          /* requests and batches on the executor */
 	atomic_bool dying;
 	bool closing; /* everything is on its way back */
@@ -191,8 +198,11 @@ void request_fail(struct request *request, int status, const char *format, ...) 
  */
 int space_try_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *));
 
+/* Creates extents out of the worker's promise, with nobody waiting for them; nothing when it is refused. */
+void space_grow_ahead(struct space *space, uint32_t extents);
+
 /*
- * Asks the worker to unmap the extents that hold nothing any more, but for those that its decoding sequences take again
+ * Asks the worker to unmap the extents that hold nothing any more, but for those that its sequences take again soon
  * (not while an eviction may want them).
  */
 void space_return_spare(struct space *space);

@@ -14,6 +14,7 @@
 #define ROWS   24u
 #define WORDS  (TOKENS / 32)
 #define EVENTS 12u
+#define EXTENT (2u << 20) /* of live_config() */
 
 struct scenario {
 	const char *name;
@@ -91,6 +92,7 @@ static const struct scenario scenarios[] = {
 /* What is left after one eviction, or of all of it at the end. */
 struct event {
 	uint64_t held, dropped, bytes, mapped;
+	uint32_t unread; /* tokens of the prompt */
 	uint32_t bits[ROWS * WORDS];
 };
 
@@ -106,8 +108,8 @@ struct job {
 	struct record *record; /* shared with the test */
 };
 
-static void note(struct live *live, const struct live_sequence *sequence, const struct kvg_evict_result *result,
-	struct record *record)
+static void note(struct live *live, const struct live_sequence *sequence, uint32_t unread,
+	const struct kvg_evict_result *result, struct record *record)
 {
 	struct event *event = &record->events[record->count++];
 
@@ -117,15 +119,17 @@ static void note(struct live *live, const struct live_sequence *sequence, const 
 	event->dropped = result->pairs_dropped;
 	event->bytes = result->bytes;
 	event->mapped = kvg_mapped_bytes(live->client);
+	event->unread = unread;
 	must(live_check(live, sequence, event->bits) == result->pairs_held, "the pairs that the eviction said");
 }
 
-static void evict(struct live *live, struct live_sequence *sequence, uint32_t mode, struct record *record)
+static void evict(
+	struct live *live, struct live_sequence *sequence, uint32_t mode, uint32_t unread, struct record *record)
 {
 	struct kvg_evict_result result;
 
 	live_evict(live, sequence, mode, &result);
-	note(live, sequence, &result, record);
+	note(live, sequence, unread, &result, record);
 }
 
 static void read_prompt(struct live *live, struct live_sequence *sequence, const struct job *job)
@@ -139,7 +143,7 @@ static void read_prompt(struct live *live, struct live_sequence *sequence, const
 		left = (boundary < end ? boundary : end) - sequence->pos;
 		live_feed(live, sequence, left < job->scenario->step ? left : job->scenario->step);
 		if (sequence->pos == boundary || sequence->pos == end)
-			evict(live, sequence, KVG_EVICT_PREFILL, job->record);
+			evict(live, sequence, KVG_EVICT_PREFILL, end - sequence->pos, job->record);
 	}
 }
 
@@ -149,7 +153,7 @@ static void decode(struct live *live, struct live_sequence *sequence, const stru
 		uint32_t left = job->scenario->decode - done;
 
 		live_feed(live, sequence, left < 128 ? left : 128);
-		evict(live, sequence, KVG_EVICT_DECODE, job->record);
+		evict(live, sequence, KVG_EVICT_DECODE, 0, job->record);
 	}
 }
 
@@ -171,6 +175,67 @@ static int work(int fd, void *argument)
 	read_prompt(&live, &sequence, job);
 	decode(&live, &sequence, job);
 	live_free(&live, &sequence);
+	live_close(&live);
+	return 0;
+}
+
+/* ---- several sequences, whose evictions are all under way at once ---- */
+
+#define TOGETHER 6u
+
+static const struct scenario together = {"together",
+	{.ratio = 0.3,
+		.mode = KVG_MODE_CHUNKED,
+		.level = KVG_LEVEL_PAIR,
+		.flags = KVG_POLICY_WINDOW_ABSOLUTE,
+		.prefix_tokens = 5,
+		.context_tokens = 1495,
+		.chunk_tokens = 500,
+		.window = 50,
+		.max_new_tokens = 1000,
+		.budget = 400},
+	0, 500, 768, {0}};
+
+static void evict_all(
+	struct live *live, const struct live_sequence *sequences, uint32_t mode, uint32_t next, struct record *records)
+{
+	struct kvg_evict_result results[TOGETHER];
+
+	must(kvg_stage_wait(live->client) == 0, kvg_error(live->client));
+	for (uint32_t i = 0; i < TOGETHER; i++) {
+		must(kvg_evict_async(live->client, sequences[i].seq, mode) == 0, kvg_error(live->client));
+		must(kvg_reserve_async(live->client, sequences[i].seq, next) == 0, kvg_error(live->client));
+	}
+	for (uint32_t i = 0; i < TOGETHER; i++) {
+		must(kvg_evict_finish(live->client, sequences[i].seq, &results[i]) == 0, kvg_error(live->client));
+		must(kvg_reserve_finish(live->client, sequences[i].seq) == 0, kvg_error(live->client));
+	}
+	for (uint32_t i = 0; i < TOGETHER; i++)
+		note(live, &sequences[i], 0, &results[i], &records[i]);
+}
+
+static int work_together(int fd, void *argument)
+{
+	const struct job *job = argument;
+	struct live_sequence sequences[TOGETHER];
+	struct kvg_layout layout;
+	struct live live;
+
+	(void)fd;
+	live_layout(&layout, TOGETHER, TOKENS);
+	live_open(&live, job->socket, job->cuda, &layout);
+	for (uint32_t i = 0; i < TOGETHER; i++) {
+		live_create(&live, &together.policy, 0x77000000u + i, &sequences[i]);
+		sequences[i].levels = i % 2 ? 7 : 0;
+	}
+	for (uint32_t pos = 0; pos < 1500 + together.decode; pos += pos < 1500 ? 500 : 128) {
+		for (uint32_t i = 0; i < TOGETHER; i++)
+			live_feed(&live, &sequences[i], pos < 1500 ? 500 : 128);
+		evict_all(&live, sequences, pos < 1500 ? KVG_EVICT_PREFILL : KVG_EVICT_DECODE, pos < 1000 ? 500 : 128,
+			job->record);
+	}
+	for (uint32_t i = 0; i < TOGETHER; i++)
+		live_free(&live, &sequences[i]);
 	live_close(&live);
 	return 0;
 }
@@ -206,6 +271,17 @@ static void compare_bits(const struct scenario *scenario, uint32_t number, const
 			differ, pos, row);
 }
 
+/*
+ * The same extents, but while the prompt goes on: a GPU's worker then has room for the next eviction as well, no more
+ * than what is held already, in whole extents.
+ */
+static bool same_extents(const struct event *host, const struct event *cuda)
+{
+	uint64_t ahead = host->unread ? (host->bytes + EXTENT - 1) / EXTENT * EXTENT : 0;
+
+	return cuda->mapped >= host->mapped && cuda->mapped <= host->mapped + ahead;
+}
+
 static void compare(const struct scenario *scenario, const struct record *host, const struct record *cuda)
 {
 	assert_true(host->count > 0);
@@ -214,7 +290,7 @@ static void compare(const struct scenario *scenario, const struct record *host, 
 		const struct event *a = &host->events[i], *b = &cuda->events[i];
 
 		compare_bits(scenario, i, a, b);
-		if (a->held != b->held || a->dropped != b->dropped || a->bytes != b->bytes || a->mapped != b->mapped)
+		if (a->held != b->held || a->dropped != b->dropped || a->bytes != b->bytes || !same_extents(a, b))
 			fail_msg("%s, eviction %u: host holds %llu, dropped %llu, %llu bytes of %llu; cuda %llu, %llu, "
 				 "%llu of %llu",
 				scenario->name, i, (unsigned long long)a->held, (unsigned long long)a->dropped,
@@ -222,6 +298,18 @@ static void compare(const struct scenario *scenario, const struct record *host, 
 				(unsigned long long)b->held, (unsigned long long)b->dropped,
 				(unsigned long long)b->bytes, (unsigned long long)b->mapped);
 	}
+}
+
+static void run_together(const struct fixture *fixture, bool cuda, struct record *records)
+{
+	struct job job = {.cuda = cuda, .scenario = &together, .record = records};
+	struct process process;
+
+	(void)fixture_path(fixture, "state/a.sock", job.socket);
+	process_fork(&process, work_together, &job);
+	process_finish(&process);
+	assert_true(fixture_wait_gone(fixture, 0, 0, 5000));
+	live_audit(fixture);
 }
 
 static void start(struct fixture *fixture, bool cuda)
@@ -253,10 +341,41 @@ static void test_both_kinds_keep_the_same_pairs_in_the_same_memory(void **state)
 	(void)munmap(records, 2 * sizeof(*records));
 }
 
+/* Extents are shared among the sequences, and which has which differs; pairs and bytes of blocks do not. */
+static void test_evictions_at_once(void **state)
+{
+	const size_t size = 2 * TOGETHER * sizeof(struct record);
+	struct record *records = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	struct fixture host, cuda;
+
+	(void)state;
+	assert_ptr_not_equal(records, MAP_FAILED);
+	start(&host, false);
+	start(&cuda, true);
+	run_together(&host, false, records);
+	run_together(&cuda, true, records + TOGETHER);
+	for (uint32_t i = 0; i < TOGETHER; i++) {
+		const struct record *a = &records[i], *b = &records[TOGETHER + i];
+
+		assert_int_equal(a->count, 9);
+		assert_int_equal(b->count, 9);
+		for (uint32_t k = 0; k < a->count; k++) {
+			compare_bits(&together, k, &a->events[k], &b->events[k]);
+			assert_int_equal(a->events[k].held, b->events[k].held);
+			assert_int_equal(a->events[k].dropped, b->events[k].dropped);
+			assert_int_equal(a->events[k].bytes, b->events[k].bytes);
+		}
+	}
+	fixture_stop(&cuda);
+	fixture_stop(&host);
+	(void)munmap(records, size);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_both_kinds_keep_the_same_pairs_in_the_same_memory),
+		cmocka_unit_test(test_evictions_at_once),
 	};
 
 	if (!live_gpu())

@@ -125,12 +125,12 @@ static int append_prompt(struct insitu *s, uint32_t sequence, struct prompt *pro
 	struct rig *rig = &s->rig;
 	int r = rig_driver(rig,
 		insitu_driver(s)->cuMemsetD32Async(
-			prompt->slots, (uint32_t)s->sequences[sequence].seq, INSITU_BUDGET, rig->synthetic->stream),
+			prompt->slots, (uint32_t)s->sequences[sequence].seq, s->budget, rig->synthetic->stream),
 		"slots");
 
 	for (uint32_t layer = 0; r == 0 && layer < s->options.layers; layer++)
 		r = rig_client(rig,
-			kvg_cuda_append(rig->client, layer, INSITU_BUDGET, (const uint32_t *)(uintptr_t)prompt->slots,
+			kvg_cuda_append(rig->client, layer, s->budget, (const uint32_t *)(uintptr_t)prompt->slots,
 				(const uint32_t *)(uintptr_t)prompt->index, (const void *)(uintptr_t)prompt->k,
 				MODEL_KV, (const void *)(uintptr_t)prompt->v, MODEL_KV),
 			"append");
@@ -142,20 +142,20 @@ static int begin_sequence(struct insitu *s, uint32_t sequence, struct prompt *pr
 {
 	const struct kvg_policy policy = {.ratio = 1,
 		.mode = KVG_MODE_OFF,
-		.context_tokens = INSITU_BUDGET,
-		.max_new_tokens = s->options.max_tokens - INSITU_BUDGET,
-		.budget = INSITU_BUDGET};
+		.context_tokens = s->budget,
+		.max_new_tokens = s->options.max_tokens - s->budget,
+		.budget = s->budget};
 	struct rig *rig = &s->rig;
 	int r = rig_client(rig, kvg_create(rig->client, &policy, &s->sequences[sequence].seq), "create");
 
 	if (r == 0)
-		r = rig_client(rig, kvg_reserve(rig->client, s->sequences[sequence].seq, INSITU_BUDGET), "reserve");
+		r = rig_client(rig, kvg_reserve(rig->client, s->sequences[sequence].seq, s->budget), "reserve");
 	if (r == 0)
 		r = append_prompt(s, sequence, prompt);
 	if (r == 0)
-		r = rig_stage_scores(rig, s->sequences[sequence].seq, s->options.layers, 0, INSITU_BUDGET, random);
+		r = rig_stage_scores(rig, s->sequences[sequence].seq, s->options.layers, 0, s->budget, random);
 	if (r == 0)
-		r = rig_client(rig, kvg_commit(rig->client, s->sequences[sequence].seq, INSITU_BUDGET), "commit");
+		r = rig_client(rig, kvg_commit(rig->client, s->sequences[sequence].seq, s->budget), "commit");
 	if (r == 0)
 		r = rig_client(
 			rig, kvg_evict(rig->client, s->sequences[sequence].seq, KVG_EVICT_DECODE, NULL), "evict");
@@ -166,21 +166,20 @@ static int begin_sequence(struct insitu *s, uint32_t sequence, struct prompt *pr
 
 static int begin_sequences(struct insitu *s)
 {
-	uint32_t numbers[INSITU_BUDGET > INSITU_SEQUENCES ? INSITU_BUDGET : INSITU_SEQUENCES];
-	struct prompt prompt = {
-		.k = model_random_kv(s->rig.model, INSITU_BUDGET), .v = model_random_kv(s->rig.model, INSITU_BUDGET)};
+	uint32_t budget = s->budget, *numbers = calloc(budget + INSITU_SEQUENCES, sizeof(*numbers));
+	struct prompt prompt = {.k = model_random_kv(s->rig.model, budget), .v = model_random_kv(s->rig.model, budget)};
 	uint64_t random = 1;
-	int r = prompt.k && prompt.v ? 0 : -ENOMEM;
+	int r = numbers && prompt.k && prompt.v ? 0 : -ENOMEM;
 
-	for (uint32_t i = 0; i < INSITU_BUDGET; i++)
+	for (uint32_t i = 0; numbers && i < budget; i++)
 		numbers[i] = i;
 	if (r == 0)
-		r = upload(s, numbers, INSITU_BUDGET, &prompt.index);
+		r = upload(s, numbers, s->budget, &prompt.index);
 	if (r == 0)
-		r = upload(s, numbers, INSITU_BUDGET, &prompt.slots);
+		r = upload(s, numbers, s->budget, &prompt.slots);
 	for (uint32_t i = 0; r == 0 && i < s->options.sequences; i++) {
 		r = begin_sequence(s, i, &prompt, &random);
-		s->sequences[i].pos = INSITU_BUDGET;
+		s->sequences[i].pos = s->budget;
 		numbers[i] = (uint32_t)s->sequences[i].seq;
 	}
 	if (r == 0)
@@ -189,6 +188,7 @@ static int begin_sequences(struct insitu *s)
 	(void)insitu_driver(s)->cuMemFree(prompt.v);
 	(void)insitu_driver(s)->cuMemFree(prompt.index);
 	(void)insitu_driver(s)->cuMemFree(prompt.slots);
+	free(numbers);
 	return r;
 }
 
@@ -260,7 +260,7 @@ static void report(const struct insitu *s)
 	double events = (double)(s->evictions ? s->evictions : 1);
 	json_t *json = json_pack("{s:s, s:s, s:b, s:i, s:b, s:s, s:i, s:i, s:i, s:i}", "device", s->rig.status.device,
 		"driver", s->rig.status.driver, "mps", s->rig.status.mps, "sequences", (int)s->options.sequences,
-		"together", s->together, "stage", s->options.wide ? "preact" : "hidden", "budget", (int)INSITU_BUDGET,
+		"together", s->together, "stage", s->options.wide ? "preact" : "hidden", "budget", (int)s->budget,
 		"event_tokens", (int)INSITU_EVENT, "events", (int)s->events, "layers", (int)s->options.layers);
 	json_t *results = json_pack("{s:f, s:f, s:f, s:I, s:f, s:f, s:f, s:o, s:o}", "tokens_per_second_without",
 		without, "tokens_per_second_with", with, "loss_percent", 100 * (1 - with / without), "evictions",
@@ -285,8 +285,9 @@ static int parse(int argc, char **argv, struct insitu *s)
 		{"mps", no_argument, NULL, 'm'}, {"together", no_argument, NULL, 't'},
 		{"preact", no_argument, NULL, 'p'}, {"rounds", required_argument, NULL, 'r'},
 		{"events", required_argument, NULL, 'e'}, {"layers", required_argument, NULL, 'l'},
-		{"extent", required_argument, NULL, 'x'}, {"device", required_argument, NULL, 'd'},
-		{"kvgated", required_argument, NULL, 'g'}, {NULL, 0, NULL, 0}};
+		{"budget", required_argument, NULL, 'b'}, {"extent", required_argument, NULL, 'x'},
+		{"device", required_argument, NULL, 'd'}, {"kvgated", required_argument, NULL, 'g'},
+		{NULL, 0, NULL, 0}};
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", options, NULL)) >= 0) {
@@ -304,6 +305,8 @@ static int parse(int argc, char **argv, struct insitu *s)
 			s->events = (uint32_t)strtoul(optarg, NULL, 10);
 		else if (option == 'l')
 			s->options.layers = (uint32_t)strtoul(optarg, NULL, 10);
+		else if (option == 'b')
+			s->budget = (uint32_t)strtoul(optarg, NULL, 10);
 		else if (option == 'x' && kvg_size_parse(optarg, &s->options.extent) == 0)
 			continue;
 		else if (option == 'd')
@@ -315,7 +318,7 @@ static int parse(int argc, char **argv, struct insitu *s)
 	}
 	if (optind == argc && s->options.sequences >= 1 && s->options.sequences <= INSITU_SEQUENCES && s->rounds >= 1 &&
 		s->rounds <= INSITU_ROUNDS_MAX && s->events >= 1 && s->options.layers >= 2 &&
-		s->options.layers <= MODEL_LAYERS)
+		s->options.layers <= MODEL_LAYERS && s->budget >= INSITU_EVENT && s->budget <= INSITU_BUDGET_MAX)
 		return BENCH_OK;
 	return BENCH_USAGE;
 }
@@ -325,9 +328,9 @@ static void derive(struct insitu *s)
 	uint64_t pair = (uint64_t)s->options.layers * MODEL_HEADS * MODEL_DIM * 2 * 2;
 
 	s->options.rows = s->options.sequences;
-	s->options.max_tokens = INSITU_BUDGET + (s->rounds * s->events + 4) * INSITU_EVENT;
+	s->options.max_tokens = s->budget + (s->rounds * s->events + 4) * INSITU_EVENT;
 	/* The budget, a stripe of new tokens, spare ones for moves, and what is left over in extents. */
-	s->options.pool = ((uint64_t)1 << 30) + s->options.sequences * (INSITU_BUDGET + 8 * INSITU_EVENT) * pair;
+	s->options.pool = ((uint64_t)1 << 30) + s->options.sequences * (s->budget + 8 * INSITU_EVENT) * pair;
 }
 
 static int run_and_report(void *user)
@@ -347,14 +350,17 @@ int bench_insitu(int argc, char **argv)
 
 	if (!s)
 		return BENCH_FAIL;
-	*s = (struct insitu){.options = {.layers = MODEL_LAYERS, .sequences = 1}, .rounds = ROUNDS, .events = EVENTS};
+	*s = (struct insitu){.options = {.layers = MODEL_LAYERS, .sequences = 1},
+		.rounds = ROUNDS,
+		.events = EVENTS,
+		.budget = INSITU_BUDGET};
 	if (parse(argc, argv, s) != BENCH_OK) {
 		(void)fprintf(stderr,
 			"usage: kvgate-bench insitu [--sequences 1..%u] [--mps] [--together] [--preact] [--rounds N] "
 			"[--events N]\n"
-			"                           [--layers 2..%u] [--extent SIZE] [--device N] [--kvgated "
-			"PROGRAM]\n",
-			INSITU_SEQUENCES, MODEL_LAYERS);
+			"                           [--budget %u..%u] [--layers 2..%u] [--extent SIZE] "
+			"[--device N] [--kvgated PROGRAM]\n",
+			INSITU_SEQUENCES, INSITU_EVENT, INSITU_BUDGET_MAX, MODEL_LAYERS);
 		free(s);
 		return BENCH_USAGE;
 	}

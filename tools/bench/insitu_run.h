@@ -8,8 +8,9 @@
 #include "tools/bench/insitu_worker.h"
 
 #define INSITU_EVENT      128u  /* tokens between a sequence's evictions */
-#define INSITU_BUDGET     2048u /* pairs of a head, on average */
-#define INSITU_SEQUENCES  256u  /* at most */
+#define INSITU_BUDGET     2048u /* pairs of a head, on average, where nothing is said */
+#define INSITU_BUDGET_MAX 65536u
+#define INSITU_SEQUENCES  256u /* at most */
 #define INSITU_ROUNDS_MAX 64u
 
 struct insitu_sequence {
@@ -25,6 +26,7 @@ struct insitu {
 	struct rig_options options;
 	uint32_t rounds, events; /* a round has events * INSITU_EVENT steps */
 	bool mps;
+	uint32_t budget;
 	bool together; /* all sequences are evicted at the same step, which waits for them */
 	struct insitu_sequence sequences[INSITU_SEQUENCES];
 	CUdeviceptr slots; /* uint32 [sequences]; KVG_CUDA_NO_SLOT: sits out */

@@ -248,6 +248,41 @@ static void evicts_in_the_background(void **state)
 	peer_free(peer);
 }
 
+static bool hold_acknowledgements(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
+{
+	(void)peer;
+	(void)cqe;
+	return sqe->op != KVG_OP_UNMAPPED;
+}
+
+/* The second half of an eviction leaves it to the daemon to give the extents back. */
+static void finishes_without_the_pool(void **state)
+{
+	struct peer *peer = peer_new();
+	struct kvg_client *client;
+	struct kvg_evict_result result;
+	uint64_t seq, mapped;
+
+	(void)state;
+	peer->tamper = hold_acknowledgements;
+	client = peer_connect(peer, 50);
+	assert_int_equal(kvg_create(client, &policy, &seq), 0);
+	assert_int_equal(kvg_reserve(client, seq, 40), 0);
+	assert_int_equal(kvg_commit(client, seq, 40), 0);
+	mapped = kvg_mapped_bytes(client);
+	assert_int_equal(kvg_evict_async(client, seq, KVG_EVICT_PREFILL), 0);
+	assert_int_equal(kvg_evict_finish(client, seq, &result), 0);
+	assert_int_equal(result.pairs_held, 20 * 4);
+	assert_true(kvg_mapped_bytes(client) < mapped);
+	assert_int_not_equal(client->ack_done, client->drop_event);
+	peer_release(peer);
+	assert_int_equal(kvg_return_memory(client), 0);
+	assert_int_equal(client->ack_done, client->drop_event);
+	(void)kvg_close(client);
+	peer_stop(peer);
+	peer_free(peer);
+}
+
 static void needs_a_layout(void **state)
 {
 	struct peer *peer = peer_new();
@@ -276,6 +311,7 @@ int main(void)
 		cmocka_unit_test(a_created_sequence_must_be_in_the_table),
 		cmocka_unit_test(submitted_evictions_return_memory_too),
 		cmocka_unit_test(evicts_in_the_background),
+		cmocka_unit_test(finishes_without_the_pool),
 		cmocka_unit_test(needs_a_layout),
 	};
 

@@ -151,11 +151,11 @@ static void note_taken(struct fixture *f, uint32_t owner, unsigned generation, c
 static void take(struct fixture *f, uint32_t owner, unsigned generation, uint32_t units, uint32_t ahead)
 {
 	uint32_t *ids = calloc(units + 1, sizeof(uint32_t));
-	uint32_t missing = blocks_missing(&f->space, &f->owners[owner], generation, units, ahead);
+	uint32_t missing = blocks_missing(&f->space, &f->owners[owner], generation, units, ahead, 0);
 
 	if (missing <= f->pool->free_count) {
 		add_extents(f, missing);
-		assert_int_equal(blocks_missing(&f->space, &f->owners[owner], generation, units, ahead), 0);
+		assert_int_equal(blocks_missing(&f->space, &f->owners[owner], generation, units, ahead, 0), 0);
 		blocks_take(&f->space, &f->owners[owner], generation, units, ahead, ids);
 		note_taken(f, owner, generation, ids, units);
 	}
@@ -282,9 +282,9 @@ static void test_own_and_shared(void **state)
 	assert_int_equal(f->owners[0].extents, 1);
 	assert_int_equal(f->space.shared.extents, 1);
 	assert_int_equal(f->space.shared.free_units[META_NURSERY], 1);
-	assert_int_equal(blocks_missing(&f->space, &f->owners[1], META_NURSERY, 1, 0), 0);
-	assert_int_equal(blocks_missing(&f->space, &f->owners[1], META_NURSERY, 2, 0), 1);
-	assert_int_equal(blocks_missing(&f->space, &f->owners[1], META_HELD, 1, 0), 1);
+	assert_int_equal(blocks_missing(&f->space, &f->owners[1], META_NURSERY, 1, 0, 0), 0);
+	assert_int_equal(blocks_missing(&f->space, &f->owners[1], META_NURSERY, 2, 0, 0), 1);
+	assert_int_equal(blocks_missing(&f->space, &f->owners[1], META_HELD, 1, 0, 0), 1);
 	take(f, 1, META_NURSERY, 1, RUNS - 1); /* what lies ahead fills an extent of its own */
 	assert_int_equal(f->owners[1].extents, 1);
 	assert_int_equal(f->owners[1].free_units[META_NURSERY], RUNS - 1);
@@ -302,7 +302,7 @@ static void test_spare_serves_either_generation(void **state)
 	take(f, 0, META_NURSERY, RUNS, 0);
 	give_all(f, 0);
 	assert_int_equal(f->space.spare_count, 1);
-	assert_int_equal(blocks_missing(&f->space, &f->owners[0], META_HELD, EACH, 0), 0);
+	assert_int_equal(blocks_missing(&f->space, &f->owners[0], META_HELD, EACH, 0, 0), 0);
 	take(f, 0, META_HELD, EACH, 0);
 	assert_int_equal(f->space.extent_count, 1);
 	assert_int_equal(f->space.spare_count, 0);
@@ -311,6 +311,44 @@ static void test_spare_serves_either_generation(void **state)
 	give_all(f, 0);
 	assert_int_equal(f->space.spare_count, 1);
 	check(f);
+}
+
+/* Runs that are given back together: some of an extent, whole extents, and back and forth between them. */
+static void test_many_runs_go_together(void **state)
+{
+	struct fixture *f = *state;
+	uint32_t *units = f->units[0][META_NURSERY], mixed[4];
+
+	take(f, 0, META_NURSERY, 2 * RUNS + 3, 0);
+	assert_int_equal(f->space.extent_count, 3);
+	for (unsigned i = 0; i < 4; i++)
+		mixed[i] = units[i % 2 * RUNS + i];
+	blocks_give_runs(&f->space, mixed, 4);
+	assert_int_equal(f->space.used_blocks, (2 * RUNS - 1) * KVG_RUN_BLOCKS);
+	assert_int_equal(f->owners[0].free_units[META_NURSERY], 4);
+	assert_int_equal(f->space.spare_count, 0);
+	blocks_give_runs(&f->space, units + RUNS + 4, RUNS - 4 + 3); /* the rest of the second extent, and the third */
+	assert_int_equal(f->space.spare_count, 1);
+	for (uint32_t i = 0; i < RUNS + 4; i++)
+		if (i != 0 && i != 2 && i != RUNS + 1 && i != RUNS + 3)
+			blocks_give_runs(&f->space, units + i, 1);
+	assert_int_equal(f->space.spare_count, 3);
+	assert_int_equal(f->space.used_blocks, 0);
+	blocks_give_runs(&f->space, units, 0);
+	memset(f->used, 0, sizeof(f->used));
+	f->count[0][META_NURSERY] = 0;
+	check(f);
+}
+
+/* Spare extents that are withheld do not count. */
+static void test_withheld(void **state)
+{
+	struct fixture *f = *state;
+
+	add_extents(f, 2);
+	assert_int_equal(blocks_missing(&f->space, &f->owners[0], META_HELD, 2 * EACH, 0, 0), 0);
+	assert_int_equal(blocks_missing(&f->space, &f->owners[0], META_HELD, 2 * EACH, 0, 1), 1);
+	assert_int_equal(blocks_missing(&f->space, &f->owners[0], META_HELD, 2 * EACH, 0, 9), 2);
 }
 
 /* Extents of a sequence that goes become everybody's, as far as others have blocks in them. */
@@ -428,6 +466,8 @@ int main(void)
 		BLOCKS_TEST(test_random_operations),
 		BLOCKS_TEST(test_own_and_shared),
 		BLOCKS_TEST(test_spare_serves_either_generation),
+		BLOCKS_TEST(test_many_runs_go_together),
+		BLOCKS_TEST(test_withheld),
 		BLOCKS_TEST(test_owner_leaves),
 		BLOCKS_TEST(test_take_anywhere),
 		BLOCKS_TEST(test_take_runs_anywhere),

@@ -67,10 +67,14 @@ static void fill_part(const struct meta_part *part, uint8_t value)
 	memset(part->scored, value + 2, n * worker->layers * sizeof(uint32_t));
 	memset(part->held, value + 3, n * rows * worker->row_cap * sizeof(uint32_t));
 	memset(part->runs, value + 4, n * worker->stripe_cap * rows * sizeof(uint32_t));
-	memset(part->redo, value + 5, sizeof(struct meta_redo));
-	memset(part->redo_rows, value + 6, rows * sizeof(struct meta_redo_row));
-	memset(part->moves, value + 7, worker->move_cap * sizeof(struct meta_move));
-	memset(part->relocations, value + 8, worker->move_cap * sizeof(struct meta_relocation));
+	for (uint8_t i = 0; i < META_RECORDS; i++) {
+		const struct meta_record *record = &part->records[i];
+
+		memset(record->redo, value + i + 5, sizeof(struct meta_redo));
+		memset(record->rows, value + i + 6, rows * sizeof(struct meta_redo_row));
+		memset(record->moves, value + i + 7, worker->move_cap * sizeof(struct meta_move));
+		memset(record->relocations, value + i + 8, worker->move_cap * sizeof(struct meta_relocation));
+	}
 }
 
 static void expect_bytes(const void *data, size_t size, uint8_t value)
@@ -91,10 +95,16 @@ static void check_part(const struct meta_part *part, uint8_t value)
 	expect_bytes(part->scored, n * worker->layers * sizeof(uint32_t), value + 2);
 	expect_bytes(part->held, n * rows * worker->row_cap * sizeof(uint32_t), value + 3);
 	expect_bytes(part->runs, n * worker->stripe_cap * rows * sizeof(uint32_t), value + 4);
-	expect_bytes(part->redo, sizeof(struct meta_redo), value + 5);
-	expect_bytes(part->redo_rows, rows * sizeof(struct meta_redo_row), value + 6);
-	expect_bytes(part->moves, worker->move_cap * sizeof(struct meta_move), value + 7);
-	expect_bytes(part->relocations, worker->move_cap * sizeof(struct meta_relocation), value + 8);
+	for (uint8_t i = 0; i < META_RECORDS; i++) {
+		const struct meta_record *record = &part->records[i];
+		uint8_t first = (uint8_t)(value + i);
+
+		expect_bytes(record->redo, sizeof(struct meta_redo), (uint8_t)(first + 5));
+		expect_bytes(record->rows, rows * sizeof(struct meta_redo_row), (uint8_t)(first + 6));
+		expect_bytes(record->moves, worker->move_cap * sizeof(struct meta_move), (uint8_t)(first + 7));
+		expect_bytes(
+			record->relocations, worker->move_cap * sizeof(struct meta_relocation), (uint8_t)(first + 8));
+	}
 }
 
 static void add_part(struct meta *meta, const struct kvg_layout *layout, uint64_t id, struct meta_part *part)
@@ -143,7 +153,7 @@ static void test_ranges_are_reused_clean(void **state)
 	add_part(meta, &layout, 9, &again);
 	assert_int_equal(again.worker->offset, offset);
 	expect_bytes(again.held, 64, 0);
-	expect_bytes(again.redo, sizeof(struct meta_redo), 0);
+	expect_bytes(again.records[0].redo, sizeof(struct meta_redo), 0);
 	check_part(&parts[0], 1);
 	check_part(&parts[2], 41);
 	meta_part_deinit(meta, &again);

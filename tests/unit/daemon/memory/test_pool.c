@@ -303,6 +303,52 @@ static void test_release_to_promise(void **state)
 }
 
 /* New memory that cannot be zeroed is given back. */
+static int64_t begun_scrubs, polled_scrub, scrub_end;
+static unsigned scrub_polls;
+
+static int64_t begin_scrub(struct kind *kind, void *at, size_t size)
+{
+	(void)kind, (void)at, (void)size;
+	return scrubs_left-- > 0 ? ++begun_scrubs : -EIO;
+}
+
+/* Takes three questions. */
+static int poll_scrub(struct kind *kind, int64_t number)
+{
+	(void)kind;
+	polled_scrub = number;
+	return ++scrub_polls % 4 ? -EAGAIN : (int)scrub_end;
+}
+
+/* Where zeroing is only begun, nobody gets the extents before all of it has ended. */
+static void test_scrubs_in_the_background(void **state)
+{
+	struct fixture *f = *state;
+
+	begun_scrubs = scrub_end = 0;
+	scrub_polls = 0;
+	f->kind.ops.scrub_begin = begin_scrub;
+	f->kind.ops.scrub_poll = poll_scrub;
+	create(f, 3);
+	assert_int_equal(f->status, 0);
+	assert_int_equal(begun_scrubs, 3);
+	assert_int_equal(polled_scrub, 3);
+	assert_int_equal(scrub_polls, 4);
+	destroy(f);
+	scrub_end = -EIO;
+	create(f, 2);
+	assert_int_equal(f->status, -EIO);
+	assert_int_equal(scrub_polls, 8);
+	release_all(f);
+	scrubs_left = 1;
+	scrub_end = 0;
+	create(f, 2); /* the one that was begun is waited for before it is unmapped */
+	assert_int_equal(f->status, -EIO);
+	assert_int_equal(scrub_polls, 12);
+	release_all(f);
+	scrubs_left = 1000;
+}
+
 static void test_failed_scrub(void **state)
 {
 	struct fixture *f = *state;
@@ -565,6 +611,7 @@ int main(void)
 		POOL_TEST(test_free_closes_busy_extents),
 		POOL_TEST(test_release_to_promise),
 		POOL_TEST(test_failed_scrub),
+		POOL_TEST(test_scrubs_in_the_background),
 		POOL_TEST(test_no_addresses),
 		POOL_TEST(test_pairs),
 		POOL_TEST(test_pairs_share_chunks),

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "daemon/sequence/admission.h"
+#include "daemon/sequence/compute.h"
 #include "tests/support/space_model.h"
 
 static const struct kvg_policy base = {.ratio = 0.3,
@@ -216,6 +217,90 @@ static void test_evictions_queue(void **state)
 	fixture_free(fixture);
 }
 
+#define TOGETHER 6u
+
+/* Evictions of all models, submitted at once, each with a reserve behind it. Returns how many ran at a time. */
+static unsigned evict_together(struct fixture *fixture, struct model **models, uint32_t mode, uint32_t tokens)
+{
+	struct call *evicts[TOGETHER], *reserves[TOGETHER];
+	unsigned most = 0;
+
+	for (unsigned i = 0; i < TOGETHER; i++) {
+		struct kvg_sqe sqe = {.op = KVG_OP_EVICT, .seq = models[i]->handle, .evict.mode = (uint8_t)mode};
+
+		sqe.generation = fixture_generation(fixture, sqe.seq);
+		evicts[i] = fixture_start(fixture, &sqe);
+		sqe = (struct kvg_sqe){.op = KVG_OP_RESERVE, .seq = models[i]->handle, .reserve.tokens = tokens};
+		reserves[i] = fixture_start(fixture, &sqe);
+		most = fixture->space->evicting > most ? fixture->space->evicting : most;
+	}
+	for (unsigned i = 0; i < TOGETHER; i++) {
+		fixture_wait(fixture, reserves[i]);
+		assert_int_equal(evicts[i]->request.cqe.status, 0);
+		assert_int_equal(reserves[i]->request.cqe.status, 0);
+		assert_int_equal(evicts[i]->request.cqe.value[1], model_predict(models[i], mode));
+	}
+	assert_int_equal(fixture->space->evicting, 0);
+	assert_int_equal(fixture->space->evict_reserve, 0);
+	assert_int_equal(fixture->space->evict_slots, 0);
+	for (unsigned i = 0; i < TOGETHER; i++)
+		model_check(models[i]);
+	fixture_acknowledge(fixture);
+	return most;
+}
+
+/* Prompts, then decoding, of several sequences whose evictions run at a time; in a budget of what they were admitted.
+ */
+static unsigned run_together(size_t extent_size, unsigned evictions, bool tight)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.extent_size = extent_size});
+	struct compute_ops ops = *fixture->space->compute;
+	struct kvg_policy policy = base;
+	struct model *models[TOGETHER];
+	unsigned most = 0;
+
+	ops.evictions = evictions;
+	fixture->space->compute = &ops;
+	policy.budget = 300;
+	policy.max_new_tokens = 1000;
+	for (unsigned i = 0; i < TOGETHER; i++) {
+		models[i] = model_new(fixture, &policy, (enum score_pattern)(i % SCORES_PATTERNS));
+		assert_int_equal(model_append(models[i], 1536), 0);
+	}
+	if (tight)
+		fixture->tenant->quota.account->max =
+			fixture_account(fixture)->charged + fixture_account(fixture)->promised;
+	(void)evict_together(fixture, models, KVG_EVICT_PREFILL, 128);
+	for (unsigned round = 0; round < 4; round++) {
+		unsigned count;
+
+		for (unsigned i = 0; i < TOGETHER; i++)
+			assert_int_equal(model_append(models[i], 100 + 7 * i), 0);
+		count = evict_together(fixture, models, KVG_EVICT_DECODE, 128);
+		most = count > most ? count : most;
+		assert_true(count <= evictions);
+		if (tight)
+			assert_true(fixture_account(fixture)->charged + fixture_account(fixture)->promised <=
+				    fixture_account(fixture)->max);
+	}
+	for (unsigned i = 0; i < TOGETHER; i++)
+		model_release(models[i]);
+	fixture_free(fixture);
+	return most;
+}
+
+static void test_evictions_at_a_time(void **state)
+{
+	static const size_t sizes[] = {16 << 10, 64 << 10, 256 << 10};
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+		assert_int_equal(run_together(sizes[i], 1, true), 1);
+		(void)run_together(sizes[i], META_RECORDS, true);
+		assert_true(run_together(sizes[i], META_RECORDS, false) > 1);
+	}
+}
+
 /* A reserve of another sequence in the midst of an eviction leaves the eviction its room. */
 static void reserve_amid_eviction(size_t extent_size, uint32_t tokens)
 {
@@ -300,6 +385,7 @@ int main(void)
 		cmocka_unit_test(test_decoding_keeps_its_extents),
 		cmocka_unit_test(test_promise_shrinks),
 		cmocka_unit_test(test_evictions_queue),
+		cmocka_unit_test(test_evictions_at_a_time),
 		cmocka_unit_test(test_reserve_amid_an_eviction),
 		cmocka_unit_test(test_bad_modes),
 		cmocka_unit_test(test_report),

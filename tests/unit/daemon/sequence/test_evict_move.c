@@ -153,8 +153,8 @@ static void test_redo_record(void **state)
 
 	(void)state;
 	model_prefill(model);
-	assert_int_equal(fixture->space->part.redo->state, META_REDO_NONE);
-	assert_true(fixture->space->part.redo->move_count <= fixture->space->part.worker->move_cap);
+	assert_int_equal(fixture->space->part.records[0].redo->state, META_REDO_NONE);
+	assert_true(fixture->space->part.records[0].redo->move_count <= fixture->space->part.worker->move_cap);
 	assert_int_equal(sizeof(struct meta_move), sizeof(struct kvg_move));
 	assert_int_equal(offsetof(struct meta_move, src_place), offsetof(struct kvg_move, src_place));
 	assert_int_equal(offsetof(struct meta_move, dst_place), offsetof(struct kvg_move, dst_place));
