@@ -34,8 +34,8 @@ def needles() -> list[Needle]:
         return [json.loads(line) for line, _ in zip(lines, range(CONTEXTS), strict=False)]
 
 
-def reference(daemon: Daemon, folder: Path, ratio: float, contexts: list[Needle]) -> dict[str, Any]:
-    """What kvgate-lm says of these contexts and their queries."""
+def reference(daemon: Daemon, folder: Path, contexts: list[Needle], *options: str) -> dict[str, Any]:
+    """What kvgate-lm says of these contexts."""
     path = folder / "needles.jsonl"
     path.write_text("".join(json.dumps(context) + "\n" for context in contexts))
     command = [
@@ -48,14 +48,8 @@ def reference(daemon: Daemon, folder: Path, ratio: float, contexts: list[Needle]
         GATE,
         "--needles",
         path,
-        "--ratio",
-        str(ratio),
-        "--kv-dtype",
-        "f32",
-        "--threads",
-        "1",
-        "--json",
     ]
+    command += ["--kv-dtype", "f32", "--threads", "1", "--json", *options]
     said: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=100).stdout)
     return said
 
@@ -91,11 +85,42 @@ def test_answers_are_those_of_kvgate_lm(
         for needle in needles():
             right, held = answers(model, kv, ratio, needle)
             found.append(right)
-            said = reference(daemon, tmp_path, ratio, [needle])
+            said = reference(daemon, tmp_path, [needle], "--ratio", str(ratio))
             assert (sum(right), len(right)) == (said["correct"], said["queries"])
             # Sums in another order move a score by its last bits, and a pair or two over the threshold.
             assert abs(held - said["kv_bytes_held"]) <= 4 * 2 * 32 * 4
     single = [{**needles()[0], "queries": [query]} for query in needles()[0]["queries"]] if ratio < 1 else []
     for needle, right in zip(single, found[0], strict=False):
-        assert reference(daemon, tmp_path, ratio, [needle])["correct"] == right, needle["queries"]
+        assert reference(daemon, tmp_path, [needle], "--ratio", str(ratio))["correct"] == right, needle["queries"]
     assert sum(map(sum, found)) >= (24 if ratio == 1.0 else 22)
+
+
+def test_a_long_generation_within_a_budget_is_that_of_kvgate_lm(
+    model: PreTrainedModel, start_daemon: Any, tmp_path: Path
+) -> None:
+    """The same hidden states of the prompt's chunks and of decoded tokens, at the same positions and events."""
+    daemon, new, context = start_daemon(config(size="128M")), 150, needles()[1]
+    options = ("--generate", str(new), "--ratio", "0.6", "--chunk", "1000", "--window", "50", "--decode-budget", "700")
+    (said,) = reference(daemon, tmp_path, [context], *options)["generations"]
+    ids = torch.tensor([[BOS, *context["context"].encode("latin-1")]])
+    policy: dict[str, Any] = {"ratio": 0.6, "chunk": 1000, "window": 50, "budget": 700}
+    held: dict[int, int] = {}
+    kv = kvgate.transformers.attach(model, daemon.socket(), gate=GATE, max_sequences=1)
+    with kv, kv.cache(ids, prefix_tokens=1, max_new_tokens=new, **policy) as cache:
+
+        def look(*_: Any) -> bool:
+            held[cache.columns] = cache.info()[0].pairs
+            return False
+
+        found = model.generate(
+            input_ids=ids,
+            past_key_values=cache,
+            max_new_tokens=new,
+            prefill_chunk_size=1000,
+            do_sample=False,
+            stopping_criteria=[look],
+        )
+    assert found[0, ids.shape[1] :].tolist() == said["tokens"]
+    assert [event["tokens"] for event in said["events"]] == [3000, 3073]
+    for event in said["events"]:
+        assert abs(held[event["tokens"]] - event["pairs"]) <= 2, event
