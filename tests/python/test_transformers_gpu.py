@@ -1,16 +1,15 @@
 """transformers on the cuda kind: tokens and logits against its own attention. Skipped without a GPU."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, make_model, prompts, write_gate
 from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import kvgate.transformers
 from conftest import StartDaemon
 from daemon import Daemon, config
+from models import FAMILIES, make_model, prompts, write_gate
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
@@ -20,9 +19,9 @@ GREEDY = {"max_new_tokens": 40, "do_sample": False}
 
 
 @pytest.fixture
-def gpu_daemon(start_daemon: StartDaemon) -> Iterator[Daemon]:
+def gpu_daemon(start_daemon: StartDaemon) -> Daemon:
     """A daemon of the cuda kind."""
-    yield start_daemon(config(size="2G", extent="2M", kind="cuda"))
+    return start_daemon(config(size="2G", extent="2M", kind="cuda"))
 
 
 def wide_model() -> PreTrainedModel:
@@ -49,9 +48,10 @@ def test_logits_lie_within_the_spread_of_transformers_own(gpu_daemon: Daemon) ->
     """In bf16 each implementation rounds in its own way: ours is no farther from float32 than theirs are."""
     model = wide_model()
     tokens = torch.randint(0, 512, (3, TOKENS), generator=torch.Generator().manual_seed(9)).cuda()
-    with kvgate.transformers.attach(model, gpu_daemon.socket(), max_tokens=1024) as kv, kv.cache(
-        [TOKENS - STEPS] * 3, max_new_tokens=STEPS
-    ) as cache:
+    with (
+        kvgate.transformers.attach(model, gpu_daemon.socket(), max_tokens=1024) as kv,
+        kv.cache([TOKENS - STEPS] * 3, max_new_tokens=STEPS) as cache,
+    ):
         ours = logits_of(model, tokens, cache)
         assert all(sequence.query().committed_pos > 0 for sequence in cache.sequences)
     theirs = []
@@ -63,8 +63,10 @@ def test_logits_lie_within_the_spread_of_transformers_own(gpu_daemon: Daemon) ->
     worst = [(logits - exact).abs().max().item() for logits in (ours, *theirs)]
     between = [(ours - other).square().mean().sqrt().item() for other in theirs]
     spread = (theirs[0] - theirs[1]).square().mean().sqrt().item()
-    print(f"rms to float32: ours {errors[0]:.5f}, eager {errors[1]:.5f}, sdpa {errors[2]:.5f}; largest {worst}; "
-          f"eager to sdpa {spread:.5f}, ours to them {between}")
+    print(
+        f"rms to float32: ours {errors[0]:.5f}, eager {errors[1]:.5f}, sdpa {errors[2]:.5f}; largest {worst}; "
+        f"eager to sdpa {spread:.5f}, ours to them {between}"
+    )
     assert 0 < errors[0] <= 1.05 * max(errors[1:])
     assert worst[0] <= 1.5 * max(worst[1:])
     assert min(between) <= 1.1 * spread
@@ -84,8 +86,14 @@ def test_tokens_are_transformers_own(gpu_daemon: Daemon, tmp_path: Path, family:
         for chunk in (16000, 20):
             assert torch.equal(kv.generate(ids, mask, chunk=chunk, **GREEDY), own)
         with kv.cache(mask, ratio=0.3, chunk=20, window=4, budget=140, max_new_tokens=300) as cache:
-            model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, prefill_chunk_size=20,
-                           max_new_tokens=300, do_sample=False)
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                prefill_chunk_size=20,
+                max_new_tokens=300,
+                do_sample=False,
+            )
             layers = list(getattr(model.config, "layer_types", ["full_attention"] * 4)).count("full_attention")
             heads = model.config.num_key_value_heads
             held = [info.pairs / (layers * heads) for info in cache.info()]
