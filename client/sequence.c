@@ -120,6 +120,7 @@ int kvg_reserve(struct kvg_client *client, uint64_t seq, uint32_t tokens)
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
 	struct kvg_sqe sqe;
+	uint32_t returned;
 
 	if (!sequence)
 		return r;
@@ -127,7 +128,15 @@ int kvg_reserve(struct kvg_client *client, uint64_t seq, uint32_t tokens)
 		return 0;
 	sqe = entry_for(KVG_OP_RESERVE, seq, sequence);
 	sqe.reserve.tokens = tokens;
-	return client_call(client, &sqe);
+	returned = client->ack_done;
+	r = client_call(client, &sqe);
+	/* What evictions freed may have been on its way back: kvg_evict_finish() does not wait for it. */
+	if (r == -ENOSPC && returned != client->drop_event) {
+		r = client_return_memory(client);
+		if (r == 0)
+			r = client_call(client, &sqe);
+	}
+	return r;
 }
 
 int kvg_commit(struct kvg_client *client, uint64_t seq, uint32_t tokens)

@@ -316,10 +316,22 @@ static void begin(struct request *request)
 	compute_submit(request, space->compute->select, select_done);
 }
 
+/* Whether its room is there besides the extents that others keep; not asked of who has a right to as much. */
+static bool has_own_room(const struct request *request)
+{
+	const struct space *space = request->space;
+	uint64_t each = space->arena->blocks_per_extent, kept = 0;
+
+	if (request->sequence->right * each < most_room(space))
+		kept = (space->blocks.spare_count - keep_usable(request->sequence)) * each;
+	return blocks_free_anywhere(&space->blocks) >= space->evict_reserve + most_room(space) + kept;
+}
+
 /* Only the first of all may begin without its room. */
 static bool may_begin(const struct space *space)
 {
-	return !space->evicting || (space->evicting < space->compute->evictions && has_room(space));
+	return !space->evicting || (space->evicting < space->compute->evictions &&
+					   has_own_room(list_entry(space->evict_queue.next, struct request, node)));
 }
 
 void evict_begin_queued(struct space *space)

@@ -163,6 +163,15 @@ static void reserved(struct request *request)
 		reserve_done(request);
 }
 
+/* Others may have taken meanwhile what they counted on; what this request created for itself is not theirs. */
+static void count_withheld(struct request *request)
+{
+	uint32_t now = request->space->blocks.spare_count - keep_usable(request->sequence);
+
+	if (request->withheld > now)
+		request->withheld = now;
+}
+
 static void reserve_step(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
@@ -175,6 +184,7 @@ static void reserve_step(struct request *request)
 		stripes = (fresh - sequence->min_slack + KVG_STRIPE_TOKENS - 1) / KVG_STRIPE_TOKENS;
 	stripes = stripes > meta->stripes ? stripes - meta->stripes : 0;
 	units = (uint64_t)stripes * sequence->space->rows;
+	count_withheld(request);
 	if (stripes)
 		missing = reserve_missing(request, stripes);
 	if (missing && request->grow_status >= 0) {
@@ -185,6 +195,7 @@ static void reserve_step(struct request *request)
 	/* Its blocks are there, if not in extents of its own: the promise counts blocks of both generations as one. */
 	if (missing && !has_runs_anywhere(request, units)) {
 		request->cqe.status = request->grow_status;
+		space_return_spare(request->space);
 		request_finish(request);
 		return;
 	}
@@ -207,7 +218,7 @@ void op_reserve(struct request *request)
 			request->sqe.seq, target, max);
 		return;
 	}
-	request->withheld = request->space->blocks.spare_count - keep_usable(request->sequence);
+	request->withheld = UINT32_MAX;
 	reserve_step(request);
 }
 

@@ -475,6 +475,7 @@ void space_submit(struct space *space, struct request *request)
 struct grow {
 	struct request *request;
 	void (*again)(struct request *);
+	uint32_t arrived;
 };
 
 static int announce(struct space *space, struct list *new)
@@ -499,9 +500,13 @@ static int announce(struct space *space, struct list *new)
 /* The worker maps some while others are created. */
 static void grown_part(struct extent_batch *batch, struct list *extents)
 {
-	const struct grow *grow = batch->user;
+	struct grow *grow = batch->user;
+	struct space *space = grow->request->space;
+	uint32_t before = space->blocks.spare_count;
 
-	(void)announce(grow->request->space, extents);
+	(void)announce(space, extents);
+	grow->arrived += space->blocks.spare_count - before;
+	space->arrived += space->blocks.spare_count - before;
 }
 
 static void grown(struct extent_batch *batch)
@@ -512,6 +517,7 @@ static void grown(struct extent_batch *batch)
 	int status = batch->status;
 
 	free(batch->user);
+	space->arrived -= grow.arrived;
 	if (status < 0)
 		release_batch(space, batch);
 	else
@@ -588,8 +594,10 @@ static void grown_ahead(struct extent_batch *batch)
 	else
 		(void)announce(space, &batch->extents);
 	(void)extent_batch_free(batch);
-	if (!space_job_ended(space))
-		evict_begin_queued(space);
+	if (space_job_ended(space))
+		return;
+	evict_begin_queued(space);
+	space_return_spare(space); /* what it was for may be over */
 }
 
 void space_grow_ahead(struct space *space, uint32_t extents)
@@ -615,7 +623,7 @@ void space_grow_ahead(struct space *space, uint32_t extents)
 
 void space_return_spare(struct space *space)
 {
-	uint32_t slots[1024], keep = keep_count(space);
+	uint32_t slots[1024], keep = keep_count(space) + space->arrived;
 
 	while (!space->evicting && space->blocks.spare_count > keep) {
 		uint32_t count = 0;

@@ -126,6 +126,7 @@ struct space {
 	uint64_t rights;  /* extents: the sum over its sequences, see promise.h */
 	uint64_t wanted;  /* the same, see keep.h */
 	bool growing;     /* extents are created ahead */
+	uint32_t arrived; /* extents of batches whose rest is still being created, for the requests that wait */
 	uint32_t epoch;
 	unsigned waits;         /* requests that the executor asks about, see compute_wait() */
 	struct list wait_queue; /* those that come after them */

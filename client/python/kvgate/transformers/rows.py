@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvgate import EvictResult, KvgateError, Policy, Sequence
+from kvgate import EvictResult, KvgateError, Policy, RefusedError, Sequence
 
 STEP_TOKENS = 128  # tokens that a decoding sequence reserves at once
 EVENT_TOKENS = 128  # positions from one decode eviction to the next (method.md, section 3)
@@ -87,7 +87,11 @@ class Row:
             self._evicted(self.sequence.evict_finish())
         if self.reserving:
             count, self.reserving = self.reserving, 0
-            self.sequence.reserve_finish()
+            try:
+                self.sequence.reserve_finish()
+            except RefusedError:
+                # It was looked at before the eviction's memory was back in the pool: this one waits for that.
+                self.sequence.reserve(count)
             self.reserved = self.committed + count
 
     def _evicted(self, result: EvictResult) -> None:

@@ -221,6 +221,84 @@ static void test_kill_amid_creation_ahead(void **state)
 	fixture_free(fixture);
 }
 
+/* What was created ahead for a sequence that is freed meanwhile goes back when it is there. */
+static void test_freed_amid_creation_ahead(void **state)
+{
+	struct fixture *fixture = fixture_of(64);
+	const struct compute_ops ops = slow_creation(fixture);
+	struct model *model = model_new(fixture, &chunked, SCORES_RANDOM);
+
+	(void)state;
+	fixture->space->compute = &ops;
+	assert_int_equal(fixture_reserve(fixture, model->handle, CHUNK), 0);
+	assert_true(fixture->space->growing);
+	model_release(model);
+	wait_ahead(fixture);
+	fixture_acknowledge(fixture);
+	assert_int_equal(fixture_account(fixture)->charged, 0);
+	fixture_free(fixture);
+}
+
+static struct kvg_sqe entry_of(struct fixture *fixture, uint8_t op, uint64_t handle, uint32_t tokens)
+{
+	struct kvg_sqe entry = {.op = op, .seq = handle, .generation = fixture_generation(fixture, handle)};
+
+	entry.reserve.tokens = tokens;
+	return entry;
+}
+
+/* Extents that come in parts are for who waits for them: another's end does not give the first of them back. */
+static void test_parts_stay_for_who_waits(void **state)
+{
+	const struct kvg_policy large = {.context_tokens = 120 * 128}, small = {.context_tokens = 128};
+	struct fixture *fixture = fixture_new(&(struct fixture_options){
+		.extent_size = EXTENT, .max_tokens = 16384, .device_max = (uint64_t)121 * EXTENT});
+	uint64_t waits = 0, ends = 0;
+	struct call *call;
+	struct kvg_sqe entry;
+
+	(void)state;
+	assert_int_equal(fixture_create(fixture, &large, &waits), 0);
+	assert_int_equal(fixture_create(fixture, &small, &ends), 0);
+	entry = entry_of(fixture, KVG_OP_RESERVE, waits, 120 * 128);
+	call = fixture_start(fixture, &entry);
+	while (!call->done && !fixture->space->blocks.spare_count)
+		fixture_turn(fixture);
+	assert_false(call->done);
+	assert_int_equal(fixture_release(fixture, ends), 0);
+	fixture_wait(fixture, call);
+	assert_int_equal(call->request.cqe.status, 0);
+	assert_int_equal(fixture_account(fixture)->charged, (uint64_t)120 * EXTENT);
+	fixture_free(fixture);
+}
+
+/* While one waits for extents, another takes those kept for it: the first does not leave them out twice. */
+static void test_kept_extents_count_once(void **state)
+{
+	struct fixture *fixture = fixture_of(15);
+	struct kvg_policy policy = chunked, none = {.context_tokens = 0};
+	struct kvg_sqe first, second;
+	struct call *waits, *keeps;
+	struct model *model;
+	uint64_t other = 0;
+
+	(void)state;
+	policy.context_tokens = 2 * CHUNK;
+	model = model_new(fixture, &policy, SCORES_RANDOM);
+	assert_int_equal(fixture_create(fixture, &none, &other), 0);
+	read_chunk(model, CHUNK);
+	first = entry_of(fixture, KVG_OP_RESERVE, other, 6 * 128);
+	second = entry_of(fixture, KVG_OP_RESERVE, model->handle, CHUNK);
+	waits = fixture_start(fixture, &first);
+	keeps = fixture_start(fixture, &second);
+	fixture_wait(fixture, waits);
+	fixture_wait(fixture, keeps);
+	assert_int_equal(keeps->request.cqe.status, 0);
+	assert_int_equal(waits->request.cqe.status, 0);
+	model_free(model);
+	fixture_free(fixture);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -232,6 +310,9 @@ int main(void)
 		cmocka_unit_test(test_room_is_created_ahead),
 		cmocka_unit_test(test_nothing_ahead_beyond_the_promise),
 		cmocka_unit_test(test_kill_amid_creation_ahead),
+		cmocka_unit_test(test_freed_amid_creation_ahead),
+		cmocka_unit_test(test_parts_stay_for_who_waits),
+		cmocka_unit_test(test_kept_extents_count_once),
 	};
 
 	return runner_run("keep", tests, sizeof(tests) / sizeof(tests[0]));
