@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 import kvgate
 import kvgate.transformers
@@ -512,3 +513,61 @@ def test_a_daemon_that_dies_ends_the_generation(model: PreTrainedModel, start_da
     again = start_daemon()
     with attached(model, again) as kv:
         assert torch.equal(kv.generate(ids, mask, max_new_tokens=20, do_sample=False), expected)
+
+
+def test_a_window_that_the_configuration_does_not_lay_out_is_refused(daemon: Daemon) -> None:
+    shape: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    model = MistralForCausalLM(MistralConfig(**shape, **heads, sliding_window=16)).eval()
+    ids, mask = prompts([40])
+    with (
+        kvgate.transformers.attach(model, daemon.socket(), max_tokens=256) as kv,
+        pytest.raises(ValueError, match="window of 16 tokens"),
+    ):
+        kv.generate(ids, mask, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_type", "llama"), ("hidden_size", "4096"), ("model_layers", "[3]")])
+def test_a_gate_that_names_another_model_is_refused(
+    model: PreTrainedModel, gate: str, daemon: Daemon, tmp_path: Path, key: str, value: str
+) -> None:
+    other = str(tmp_path / "other.safetensors")
+    save_file(load_file(gate), other, metadata={key: value})
+    with pytest.raises(ValueError, match=key):
+        kvgate.transformers.attach(model, daemon.socket(), gate=other, max_tokens=256)
+
+
+def test_padding_counts_when_a_prompt_is_fed_token_by_token(model: PreTrainedModel, daemon: Daemon) -> None:
+    ids, mask = prompts([30, 9])
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    own = model.generate(input_ids=ids, attention_mask=mask, **options)
+    with kvgate.transformers.attach(model, daemon.socket(), max_tokens=256) as kv:
+        assert torch.equal(kv.generate(ids, mask, chunk=1, **options), own)
+
+
+def test_a_second_thread_is_refused_and_the_first_goes_on(model: PreTrainedModel, daemon: Daemon) -> None:
+    ids, mask = prompts([30])
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    own = model.generate(input_ids=ids, attention_mask=mask, **options)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if threading.current_thread() is first and not go_on.is_set():
+            inside.set()
+            assert go_on.wait(60)
+
+    found: list[torch.Tensor] = []
+    with kvgate.transformers.attach(model, daemon.socket(), max_tokens=256) as kv:
+        hook = model.model.layers[1].register_forward_hook(hold)
+        first = threading.Thread(target=lambda: found.append(kv.generate(ids, mask, **options)), name="the-first")
+        first.start()
+        assert inside.wait(60)
+        try:
+            with pytest.raises(kvgate.KvgateError, match="the-first is in a forward pass"):
+                kv.generate(ids, mask, **options)
+        finally:
+            go_on.set()
+            first.join()
+            hook.remove()
+        assert torch.equal(found[0], own)
+        assert torch.equal(kv.generate(ids, mask, **options), own)

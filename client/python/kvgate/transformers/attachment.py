@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from transformers import AttentionInterface
 from kvgate import Client, KvgateError, Policy
 
 from .cache import NO_BEAMS, KvgateCache
-from .geometry import attention_modules, geometry_of
+from .geometry import attention_modules, check_gate, geometry_of
 from .rows import Row
 from .scoring import Scorer, Stage
 from .store import Store
@@ -36,11 +37,23 @@ def attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query [B][query heads][T][D], key and value [B][heads][T][D] fresh ones."""
+    _refuse(module, _)
     cache = getattr(key, "kvgate_cache", None)
     if not isinstance(cache, KvgateCache):
         raise KvgateError(0, "the model is attached to kvgate: pass past_key_values=attachment.cache(...)")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    cache.check_window(int(module.layer_idx), _.get("sliding_window"))
     return cache.attend(int(module.layer_idx), query.detach(), key.detach(), value.detach(), scale), None
+
+
+def _refuse(module: Any, options: dict[str, Any]) -> None:
+    """ValueError for what a model asks of its attention function and kvgate's does not do."""
+    what = f"{type(module).__name__} of layer {module.layer_idx}"
+    for name in ("s_aux", "softcap", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"{what}: its attention has {name}, which kvgate does not compute")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{what}: its attention is not causal")
 
 
 AttentionInterface.register(_NAME, attention)
@@ -72,6 +85,8 @@ class Attachment:
         self._names = list(inspect.signature(model.forward).parameters)
         self._before: str = self.model.config._attn_implementation
         self._cache: KvgateCache | None = None
+        self._turn = threading.Lock()
+        self._thread: threading.Thread | None = None  # the one in a forward pass
         if self._before == _NAME:
             raise ValueError(f"{type(model).__name__}: it is attached to kvgate already: detach() that first")
         path = os.fspath(socket) if socket is not None else os.environ.get("KVGATE_SOCKET", "")
@@ -104,6 +119,7 @@ class Attachment:
         self.client = self._connect(path, name, len(shape.global_layers), max_sequences, tokens, staging, device)
         if gate is not None:
             self.client.load_gate(gate)
+            check_gate(os.fspath(gate), shape)
         self.store, self.ring = Store(self.client), None
         preact = (stage or ("preact" if self.client.kind == "cuda" else "hidden")) == "preact"
         self.stage = Stage(self.client, os.fspath(gate) if gate else None, scorer, preact, device)
@@ -162,7 +178,20 @@ class Attachment:
 
     # ---- hooks ----
 
+    def _take_turn(self) -> None:
+        """KvgateError when another thread is in a forward pass. Who was interrupted in one may begin again."""
+        thread = threading.current_thread()
+        with self._turn:
+            if self._thread not in (None, thread) and self._thread.is_alive():
+                raise KvgateError(
+                    0,
+                    f"thread {self._thread.name} is in a forward pass of this model: one at a time (use a lock, or a "
+                    "model and an attachment for each thread)",
+                )
+            self._thread = thread
+
     def _forward_begins(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._take_turn()
         given = dict(zip(self._names, args, strict=False)) | kwargs
         self._cache, cache = None, given.get("past_key_values")
         if not isinstance(cache, KvgateCache):
@@ -176,9 +205,14 @@ class Attachment:
 
     def _forward_ends(self, _: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """output is None when the forward pass raised: the cache stays where it was before."""
+        if self._thread is not threading.current_thread():
+            return  # refused by _forward_begins
         cache, self._cache = self._cache, None
-        if cache is not None and output is not None:
-            cache.end()
+        try:
+            if cache is not None and output is not None:
+                cache.end()
+        finally:
+            self._thread = None
 
     def _attention_begins(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._cache is not None:

@@ -252,7 +252,7 @@ class KvgateCache(Cache):
 
     def _count(self, batch: int, width: int, mask: torch.Tensor | None) -> list[int]:
         """Tokens of each sequence in the newest columns."""
-        if mask is None or (width == 1 and self.columns):
+        if mask is None or (width == 1 and self._prompt_seen):
             return [width] * batch
         if mask.shape != (batch, self.columns + width):
             raise ValueError(
@@ -306,6 +306,16 @@ class KvgateCache(Cache):
                 for i, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
                     if count:
                         self._attachment.stage.prompt(layer, row, hidden[i, -count:])
+
+    def check_window(self, layer: int, window: int | None) -> None:
+        """ValueError when the model wants a window of a layer that is kept whole (its config has no layer_types)."""
+        store, _ = self._attachment.place(layer)
+        layout = store.client.layout
+        if window is not None and store.window < 0 and layout is not None and layout.max_tokens > window:
+            raise ValueError(
+                f"layer {layer}: attention has a window of {window} tokens that config.layer_types does not name, and "
+                f"sequences may have {layout.max_tokens}: attach with max_tokens={window} or less"
+            )
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Appends k and v [B][heads][T][D] and attends with q [B][query heads][T][D] -> [B][T][query heads][D]."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from kvgate import Layout
 
@@ -68,6 +70,8 @@ def geometry_of(model: Any) -> Geometry:
     if dtype not in _DTYPES:
         raise ValueError(f"{config.model_type}: weights of {dtype}; KV is bfloat16, float16 or float32")
     heads = config.num_key_value_heads
+    if "full_attention" not in types:
+        raise ValueError(f"{config.model_type}: no layer has full attention, and only such layers can be evicted from")
     window_layers = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
     return Geometry(
         model=f"{config.model_type}/{config.num_hidden_layers}x{config.hidden_size}",
@@ -80,6 +84,20 @@ def geometry_of(model: Any) -> Geometry:
         window_layers=window_layers,
         window=config.sliding_window if window_layers else 0,
     )
+
+
+def check_gate(gate: str, shape: Geometry) -> None:
+    """ValueError when a gate file says that it was made for another model. One that says nothing passes."""
+    with safe_open(gate, framework="pt") as file:
+        said = file.metadata() or {}
+    own = {
+        "model_type": shape.model.partition("/")[0],
+        "hidden_size": str(shape.hidden),
+        "model_layers": json.dumps(shape.global_layers),
+    }
+    for key, value in own.items():
+        if key in said and said[key].replace(" ", "") != value.replace(" ", ""):
+            raise ValueError(f"{gate}: its {key} is {said[key]}, the model's is {value}")
 
 
 def attention_modules(model: torch.nn.Module, layers: int) -> list[torch.nn.Module]:
