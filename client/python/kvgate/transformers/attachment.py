@@ -34,15 +34,15 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query [B][query heads][T][D], key and value [B][heads][T][D] fresh ones."""
-    _refuse(module, _)
+    _refuse(module, options)
     cache = getattr(key, "kvgate_cache", None)
     if not isinstance(cache, KvgateCache):
         raise KvgateError(0, "the model is attached to kvgate: pass past_key_values=attachment.cache(...)")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    cache.check_window(int(module.layer_idx), _.get("sliding_window"))
+    cache.check_window(int(module.layer_idx), options.get("sliding_window"))
     return cache.attend(int(module.layer_idx), query.detach(), key.detach(), value.detach(), scale), None
 
 
