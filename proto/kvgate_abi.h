@@ -76,6 +76,9 @@ enum kvg_mode {
 enum kvg_level { KVG_LEVEL_PAIR = 0, KVG_LEVEL_PAIR_HEAD = 1, KVG_LEVEL_PAIR_LAYER = 2, KVG_LEVEL_ADAKV_LAYER = 3 };
 
 #define KVG_POLICY_WINDOW_ABSOLUTE 1u /* flags: `window` holds even where n < chunk */
+#define KVG_POLICY_RETAIN_HOST     2u /* flags: what evictions drop is kept in host memory, for RECALL */
+
+#define KVG_KEY_SIZE 32u /* bytes of a published context's key */
 
 struct kvg_policy {
 	double ratio;           /* share of the context's KV to keep, (0, 1] */
@@ -112,7 +115,30 @@ enum kvg_op {
 				its bytes are back in the pool */
 	KVG_OP_QUERY =
 		10, /* -> value[0] = pairs held, value[1] = blocks, value[2] = committed_pos, value[3] = reserved_pos */
+	KVG_OP_OFFLOAD = 11, /* offload: the sequence's blocks go to the host -> value[0] = bytes there, value[1] =
+				bytes of blocks given back. Nobody reads or writes the sequence until a RESERVE or
+				RESTORE of it has completed */
+	KVG_OP_RESTORE =
+		12,       /* restore: its blocks come back, bit for bit; it is in use again -> value[0] = bytes moved */
+	KVG_OP_IDLE = 13, /* idle: nobody reads or writes it until a RESERVE or RESTORE has completed, so the daemon may
+			     offload it when memory is short */
+	KVG_OP_RECALL = 14,  /* recall: pairs that evictions dropped and the host kept come back, best first ->
+				value as of EVICT, but value[1] = pairs that came back */
+	KVG_OP_PUBLISH = 15, /* publish: seals what the sequence holds under `key`; it is attached to that context
+				afterwards -> value[0] = context, value[1] = bytes of its blocks, value[2] = tokens,
+				value[3] = 1 when another sequence had published that key */
+	KVG_OP_FIND = 16,    /* find: the context of `key` -> value[0] = context (0: there is none), value[1] = bytes of
+				its blocks, value[2] = tokens, value[3] = sequences attached to it */
+	KVG_OP_ATTACH = 17,  /* attach: `seq` names a context. A new sequence that begins with it: policy (the context's
+				tokens count as prefix, besides prefix_tokens) -> as of CREATE, value[2] = tokens,
+				value[3] = bytes of the blocks that are its own */
+	KVG_OP_FORK = 18, /* fork -> value[0] = slot, value[1] = handle, value[2] = bytes promised, value[3] = bytes of
+			     the blocks that are its own. The copy shares all full blocks; its generation and lengths
+			     are the table's */
+	KVG_OP_RELIEF = 19, /* relief: the worker has seen `pressure` and unmapped what it was asked to */
 };
+
+#define KVG_RECALL_BUDGET 1u /* recall.flags: `budget` counts, otherwise `ratio` */
 
 enum kvg_stage_kind { KVG_STAGE_HIDDEN = 1, KVG_STAGE_PREACT = 2, KVG_STAGE_SCORE = 3 };
 
@@ -160,6 +186,18 @@ struct kvg_sqe {
 		struct {
 			uint32_t event;
 		} unmapped;
+		struct {
+			double ratio;    /* as of an eviction of everything that had its eviction so far, (0, 1] */
+			uint32_t budget; /* tokens per head on average */
+			uint32_t flags;  /* KVG_RECALL_* */
+		} recall;
+		struct {
+			uint8_t key[KVG_KEY_SIZE];
+		} publish, find;
+		struct kvg_policy attach;
+		struct {
+			uint32_t pressure;
+		} relief;
 		uint8_t bytes[80];
 	};
 };
@@ -197,7 +235,8 @@ struct kvg_ring {
 	uint32_t reserved2[14];
 	uint32_t cq_tail __attribute__((aligned(64)));
 	uint32_t events;   /* control events sent so far */
-	uint32_t pressure; /* not 0: the tenant is over its high mark */
+	uint32_t pressure; /* not 0: memory is short, and this worker is asked for what it can give: a new number for
+			      each time; to be answered with RELIEF */
 	uint32_t reserved3[13];
 	uint32_t cq_head __attribute__((aligned(64)));
 	uint32_t sleeping;
@@ -206,6 +245,9 @@ struct kvg_ring {
 
 /* ---- tables: one memfd for each (worker, layout), read-only for the worker ---- */
 
+#define KVG_SLOT_OFFLOADED 1u /* its blocks are on the host: RESERVE or RESTORE brings them back */
+#define KVG_SLOT_IDLE      2u /* released with IDLE */
+
 /* State of one sequence slot, as of its last completion. */
 struct kvg_slot {
 	uint32_t epoch; /* 0: no sequence here */
@@ -213,7 +255,9 @@ struct kvg_slot {
 	uint32_t fold_pos;      /* position of appended token 0: tokens below it are in base_len */
 	uint32_t committed_pos; /* tokens below it are committed */
 	uint32_t reserved_pos;  /* tokens below it have room */
-	uint32_t reserved[11];
+	uint32_t flags;         /* KVG_SLOT_* */
+	uint32_t shared_pos;    /* tokens below it belong to a published or forked context */
+	uint32_t reserved[9];
 };
 
 /* base_len: uint32 [layers][max_sequences][heads]; ids: uint32 [layers][max_sequences][heads][row_cap]. */

@@ -21,7 +21,7 @@
 #include "proto/kvgate_abi.h"
 
 #define META_MAGIC       0x6174656d67766bULL /* "kvgmeta" */
-#define META_VERSION     2u
+#define META_VERSION     3u
 #define META_MAX_TENANTS 256u
 #define META_MAX_WORKERS 1024u
 #define META_NAME        128u
@@ -38,6 +38,12 @@ enum meta_redo_kind { META_REDO_PACK = 0, META_REDO_RELOCATE = 1 };
  * moved), goes on with MOVING stripe by stripe, and repeats FOLDING, which only sets what it says.
  */
 enum meta_phase { META_PHASE_NONE = 0, META_PHASE_MARKING = 1, META_PHASE_MOVING = 2, META_PHASE_FOLDING = 3 };
+
+/*
+ * RESIDENT -> OFFLOADING -> OFFLOADED -> RESTORING -> RESIDENT. Blocks are given back when the image is complete, and
+ * the image when the blocks are: a successor repeats what was under way or forgets it.
+ */
+enum meta_residency { META_RESIDENT = 0, META_OFFLOADING = 1, META_OFFLOADED = 2, META_RESTORING = 3 };
 
 struct meta_header {
 	uint64_t magic;
@@ -109,6 +115,14 @@ struct meta_seq {
 	uint64_t pairs;            /* in base_len, over all rows */
 	uint64_t blocks;           /* in use */
 	uint64_t admitted;         /* blocks that it may come to have */
+	uint32_t residency;        /* enum meta_residency */
+	uint32_t idle;             /* 1: released by its worker */
+	uint32_t context;          /* index + 1 of the context whose full blocks its rows begin with; 0: none */
+	uint32_t image;            /* OFFLOADED: first frame + 1 of its blocks on the host */
+	uint32_t retained;         /* first frame + 1 of what evictions dropped and the host keeps; 0: nothing */
+	uint32_t reserved0;
+	uint64_t image_bytes, retained_bytes;
+	uint64_t admitted_before; /* OFFLOADED: admitted, which is 0 meanwhile */
 	uint32_t protect_begin[KVG_MAX_PROTECTED], protect_end[KVG_MAX_PROTECTED];
 	struct kvg_policy policy;
 };

@@ -309,6 +309,7 @@ static size_t pack_budget_set(uint8_t *packet, size_t size)
 	Kvg__BudgetSet set = KVG__BUDGET_SET__INIT;
 
 	set.tenant = (char *)(uintptr_t) "search";
+	set.has_device_max = 1;
 	set.device_max = 8u * MIB;
 	request.id = 3;
 	request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_SET;

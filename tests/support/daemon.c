@@ -367,6 +367,7 @@ int fixture_budget_set(const struct fixture *fixture, const char *tenant, uint64
 	int r = 0;
 
 	set.tenant = (char *)(uintptr_t)tenant;
+	set.has_device_max = 1;
 	set.device_max = device_max;
 	request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_SET;
 	request.budget_set = &set;

@@ -138,6 +138,7 @@ void command_request(
 	case KVG__ADMIN_REQUEST__BODY_BUDGET_SET:
 		kvg__budget_set__init(&ret->body.budget_set);
 		ret->body.budget_set.tenant = tenant;
+		ret->body.budget_set.has_device_max = 1;
 		ret->body.budget_set.device_max = arguments->device_max;
 		ret->message.budget_set = &ret->body.budget_set;
 		break;

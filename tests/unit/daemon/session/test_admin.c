@@ -85,6 +85,7 @@ static Kvg__AdminReply *ask_budget(struct scene *scene, const char *tenant, cons
 
 	key.tenant = set.tenant = (char *)(uintptr_t)tenant;
 	if (device_max) {
+		set.has_device_max = 1;
 		set.device_max = *device_max;
 		request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_SET;
 		request.budget_set = &set;
