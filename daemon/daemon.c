@@ -20,11 +20,14 @@
 #include "proto/size.h"
 #include "daemon/session/admin.h"
 #include "daemon/session/listener.h"
+#include "daemon/session/pressure.h"
 #include "daemon/session/worker.h"
 
-#define STOP_POLL_NS  UINT64_C(1000000)
-#define LOST_LIMIT_NS UINT64_C(5000000000) /* for the end of an orderly stop once the device is lost */
-#define LOOK_NS       1000000000u          /* between looks at the device while there are workers */
+#define STOP_POLL_NS      UINT64_C(1000000)
+#define LOST_LIMIT_NS     UINT64_C(5000000000)  /* for the end of an orderly stop once the device is lost */
+#define PRESSURE_NS       UINT64_C(10000000000) /* for workers to give back what is asked for */
+#define PRESSURE_GRACE_NS UINT64_C(2000000000)  /* longer than that, requests wait: for what a dead worker leaves */
+#define LOOK_NS           1000000000u           /* between looks at the device while there are workers */
 
 struct endpoint {
 	struct server *server;
@@ -216,21 +219,28 @@ static int start_tenants(struct daemon *daemon)
 {
 	const struct config *config = daemon->config;
 	struct server *server = &daemon->server;
+	int r;
 
+	server->pressure_ns = PRESSURE_NS;
 	server->tenants = calloc(config->tenant_count, sizeof(struct tenant *));
 	daemon->endpoints = calloc(config->tenant_count, sizeof(struct endpoint));
 	if (!server->tenants || !daemon->endpoints)
 		return -ENOMEM;
+	r = reclaim_init(&server->reclaim, server->loop, server->pool, server->tenants, &server->tenant_count,
+		server->pressure_ns + PRESSURE_GRACE_NS, &pressure_ops, server);
+	if (r < 0)
+		return r;
 	for (; server->tenant_count < config->tenant_count; server->tenant_count++) {
 		const struct config_tenant *tenant = &config->tenants[server->tenant_count];
-		int r = tenant_new(
-			server->pool, tenant->name, tenant->device_max, &server->tenants[server->tenant_count]);
+
+		r = tenant_new(server->pool, tenant->name, tenant->device_max, &server->tenants[server->tenant_count]);
 
 		if (r < 0) {
 			log_error("tenant %s: %s", tenant->name, strerror(-r));
 			return r;
 		}
 		server->tenants[server->tenant_count]->ipc = tenant->ipc;
+		server->tenants[server->tenant_count]->reclaim = &server->reclaim;
 	}
 	return 0;
 }
@@ -414,6 +424,7 @@ static void stop(struct daemon *daemon)
 	daemon->failure_watch = loop_watch_free(daemon->failure_watch);
 	daemon->look_timer = loop_timer_free(daemon->look_timer);
 	server_end(server);
+	reclaim_deinit(&server->reclaim);
 	server->executor = executor_free(server->executor);
 	server->pool = pool_free(server->pool);
 	if (!daemon->options->kind)

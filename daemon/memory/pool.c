@@ -398,6 +398,7 @@ static void destroy_done(struct job *job)
 		loop_timer_set(pool->timer, RETRY_NS);
 	}
 	pool->batches--;
+	pool->destroying--;
 	batch->done(batch);
 }
 
@@ -412,6 +413,7 @@ void extent_batch_destroy(struct extent_batch *batch)
 {
 	batch->job = (struct job){.run = batch_run, .poll = destroy_poll, .done = destroy_done};
 	batch->pool->batches++;
+	batch->pool->destroying++;
 	executor_submit(batch->pool->executor, &batch->job);
 }
 

@@ -106,8 +106,9 @@ struct pool {
 	uint32_t live;           /* extents that exist */
 	struct extent **extents; /* by index */
 	uint32_t *free_indices, free_count;
-	unsigned batches; /* under way */
-	unsigned reapers; /* of them, retries of busy extents */
+	unsigned batches;    /* under way */
+	unsigned destroying; /* of them, those that destroy */
+	unsigned reapers;    /* of them, retries of busy extents */
 	/* The executor's: who had the last turn and when, how long the turns of its pass took, and who is next. */
 	const struct extent_batch *sliced, *waiting;
 	uint64_t slice_end_ns, slice_used_ns;

@@ -54,6 +54,7 @@ void quota_unpromise(struct quota *quota, uint64_t bytes)
 	for (; quota; quota = quota->parent) {
 		assert(quota->account->promised >= bytes);
 		quota->account->promised -= bytes;
+		quota->frees++;
 	}
 }
 
@@ -86,6 +87,7 @@ void quota_refund_to_promise(struct quota *quota, uint64_t bytes, uint64_t promi
 		assert(quota->account->charged >= bytes);
 		quota->account->charged -= bytes;
 		quota->account->promised += promised;
+		quota->frees++;
 	}
 }
 

@@ -29,6 +29,7 @@ struct quota {
 	const char *name; /* "tenant search" or "pool"; borrowed */
 	struct quota *parent;
 	struct quota_account *account; /* borrowed */
+	uint64_t frees;                /* times that bytes became free again */
 };
 
 /* Promises bytes. 0, or -ENOSPC with text: who, budget, use, need (`what` needs it), and how many bytes are missing. */

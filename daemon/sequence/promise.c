@@ -32,9 +32,14 @@ void promise_settle(struct space *space)
 	}
 }
 
+uint64_t promise_bytes(const struct space *space, uint64_t blocks)
+{
+	return extents_for(space, blocks) * space->arena->extent_size;
+}
+
 int promise_admit(struct space *space, uint64_t blocks, const char *what, char text[QUOTA_TEXT])
 {
-	uint64_t bytes = extents_for(space, blocks) * space->arena->extent_size;
+	uint64_t bytes = promise_bytes(space, blocks);
 	int r = bytes ? quota_promise(&space->tenant->quota, bytes, what, text) : 0;
 
 	if (r >= 0)

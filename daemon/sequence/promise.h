@@ -18,6 +18,9 @@
 /* Admits a need of blocks: 0, or -ENOSPC with text. */
 int promise_admit(struct space *space, uint64_t blocks, const char *what, char text[QUOTA_TEXT]);
 
+/* What promise_admit() asks for. */
+uint64_t promise_bytes(const struct space *space, uint64_t blocks);
+
 /* What nobody has a right to goes back. */
 void promise_settle(struct space *space);
 

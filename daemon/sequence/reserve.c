@@ -54,6 +54,8 @@ void op_create(struct request *request)
 	blocks = r < 0 ? 0 : admission_blocks(policy, space->rows, 0, 0);
 	if (r >= 0)
 		r = promise_admit(space, blocks, "the sequence", request->text);
+	if (r == -ENOSPC && space_wait_memory(request, promise_bytes(space, blocks), op_create))
+		return;
 	if (r >= 0) {
 		request->sequence = sequence_new(space, policy, blocks);
 		if (!request->sequence) {
@@ -196,6 +198,8 @@ static void reserve_step(struct request *request)
 	if (missing && !has_runs_anywhere(request, units)) {
 		request->cqe.status = request->grow_status;
 		space_return_spare(request->space);
+		if (request->cqe.status == -ENOSPC && space_wait_memory(request, request->lack, reserve_step))
+			return;
 		request_finish(request);
 		return;
 	}

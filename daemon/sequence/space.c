@@ -180,6 +180,8 @@ static void close_done(struct job *job)
 {
 	struct space *space = list_entry(job, struct space, close_job);
 
+	space->tenant->ending--;
+	reclaim_wake(space->tenant);
 	space->ops->closed(space->user);
 }
 
@@ -240,7 +242,10 @@ static void close_now(struct space *space)
 
 void space_kill(struct space *space)
 {
-	atomic_store(&space->dying, true);
+	if (!atomic_exchange(&space->dying, true)) {
+		space->tenant->ending++;
+		reclaim_wake(space->tenant); /* its requests that wait do so no longer */
+	}
 	if (space->jobs == 0 && !space->closing)
 		close_now(space);
 }
@@ -564,8 +569,10 @@ int space_try_grow(struct request *request, uint32_t extents, const char *what, 
 	struct grow *grow;
 	int r = quota_charge(&space->tenant->quota, bytes, drawn, what, request->text);
 
+	request->lack = bytes - drawn;
 	if (r < 0)
 		return r;
+	reclaim_check(space->tenant);
 	promise_drawn(space, drawn);
 	grow = malloc(sizeof(*grow));
 	if (grow)
@@ -582,6 +589,33 @@ int space_try_grow(struct request *request, uint32_t extents, const char *what, 
 	space->jobs++;
 	extent_batch_create(batch);
 	return 0;
+}
+
+static void memory_again(struct memory_wait *wait)
+{
+	struct request *request = list_entry(wait, struct request, wait);
+
+	if (space_job_ended(request->space))
+		return;
+	request->grow_status = 0;
+	request->after(request);
+}
+
+bool space_wait_memory(struct request *request, uint64_t bytes, void (*again)(struct request *))
+{
+	struct tenant *tenant = request->space->tenant;
+	size_t used = strlen(request->text);
+
+	if (!request->wait.expired && reclaim_want(tenant, bytes)) {
+		request->wait.again = memory_again;
+		request->after = again;
+		request->space->jobs++;
+		reclaim_wait(tenant, &request->wait);
+		return true;
+	}
+	if (tenant->reclaim)
+		reclaim_explain(tenant, request->text + used, sizeof(request->text) - used);
+	return false;
 }
 
 static void grown_ahead(struct extent_batch *batch)
@@ -623,7 +657,7 @@ void space_grow_ahead(struct space *space, uint32_t extents)
 
 void space_return_spare(struct space *space)
 {
-	uint32_t slots[1024], keep = keep_count(space) + space->arrived;
+	uint32_t slots[1024], keep = (space->tenant->pressed ? 0 : keep_count(space)) + space->arrived;
 
 	while (!space->evicting && space->blocks.spare_count > keep) {
 		uint32_t count = 0;

@@ -19,7 +19,7 @@
 #include "daemon/memory/blocks.h"
 #include "daemon/sequence/imports.h"
 #include "daemon/sequence/table.h"
-#include "daemon/tenant/tenant.h"
+#include "daemon/tenant/reclaim.h"
 
 struct gate_set;
 struct space;
@@ -68,8 +68,10 @@ struct request {
 	uint32_t layer, row;           /* STAGE: the next to score */
 	struct import *buffer, *event; /* imports that the entry uses */
 	struct evict *evict;
-	int grow_status;   /* of the last space_try_grow() that went on the executor */
-	uint32_t withheld; /* RESERVE: extents without blocks that others count on */
+	int grow_status;         /* of the last space_try_grow() that went on the executor */
+	uint64_t lack;           /* bytes that it would have had to charge beyond its promise */
+	struct memory_wait wait; /* for memory that others give back */
+	uint32_t withheld;       /* RESERVE: extents without blocks that others count on */
 };
 
 /* What a space tells its session; given at creation, called on the reactor. */
@@ -199,12 +201,18 @@ void request_fail(struct request *request, int status, const char *format, ...) 
  */
 int space_try_grow(struct request *request, uint32_t extents, const char *what, void (*again)(struct request *));
 
+/*
+ * After -ENOSPC: whether memory is on its way (reclaim.h). Then again(request) is called once there may be more, and
+ * the request counts as a job until then. Otherwise the text says what would free memory, and the request is to fail.
+ */
+bool space_wait_memory(struct request *request, uint64_t bytes, void (*again)(struct request *));
+
 /* Creates extents out of the worker's promise, with nobody waiting for them; nothing when it is refused. */
 void space_grow_ahead(struct space *space, uint32_t extents);
 
 /*
  * Asks the worker to unmap the extents that hold nothing any more, but for those that its sequences take again soon
- * (not while an eviction may want them).
+ * (not while an eviction may want them). Under pressure nothing is kept.
  */
 void space_return_spare(struct space *space);
 

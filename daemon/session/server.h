@@ -5,7 +5,7 @@
 #ifndef KVG_SERVER_H
 #define KVG_SERVER_H
 
-#include "daemon/tenant/tenant.h"
+#include "daemon/tenant/reclaim.h"
 
 struct server {
 	struct loop *loop;
@@ -20,6 +20,8 @@ struct server {
 	uint64_t next_worker;
 	uint64_t spin_ns;
 	uint64_t wait_ns; /* how long the daemon waits for what a worker's stream is to do first */
+	uint64_t pressure_ns; /* how long a worker may hold memory back that is asked for, and a request wait for it */
+	struct reclaim reclaim;
 	uint64_t started_ns;
 	const char *state_dir;
 	const char *isolation; /* "shared" or "strict"; NULL for kinds without a device */

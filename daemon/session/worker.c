@@ -14,6 +14,7 @@
 
 #include "control.pb-c.h"
 #include "daemon/base/log.h"
+#include "daemon/session/pressure.h"
 #include "proto/frame.h"
 
 #define MESSAGE_MAX   (64u * 1024u) /* bytes of a worker's message */
@@ -50,6 +51,7 @@ static void unwatch(struct worker *worker)
 	worker->pid_watch = loop_watch_free(worker->pid_watch);
 	worker->doorbell_watch = loop_watch_free(worker->doorbell_watch);
 	worker->hello_timer = loop_timer_free(worker->hello_timer);
+	pressure_forget(worker);
 	if (worker->pidfd >= 0)
 		(void)close(worker->pidfd);
 	if (worker->fd >= 0)
@@ -169,13 +171,16 @@ static uint32_t extents_dropped(void *user, const uint32_t *slots, uint32_t coun
 	struct worker *worker = user;
 	Kvg__ExtentsDropped dropped = KVG__EXTENTS_DROPPED__INIT;
 	Kvg__WorkerReply reply = KVG__WORKER_REPLY__INIT;
+	uint32_t event;
 
 	dropped.slots = (uint32_t *)(uintptr_t)slots;
 	dropped.n_slots = count;
 	reply.body_case = KVG__WORKER_REPLY__BODY_EXTENTS_DROPPED;
 	reply.extents_dropped = &dropped;
 	send_event(worker, &reply, NULL, 0);
-	return ring_count_event(&worker->ring);
+	event = ring_count_event(&worker->ring);
+	pressure_dropped(worker, event);
+	return event;
 }
 
 static void space_broken(void *user, const char *reason)
@@ -202,6 +207,18 @@ static void activate(struct worker *worker)
 	(void)ring_set_wakeup(&worker->ring, false);
 }
 
+static void relief(struct worker *worker, struct request *request)
+{
+	uint32_t number = request->sqe.relief.pressure;
+
+	if (!pressure_relieved(worker, number)) {
+		request->cqe.status = -EINVAL;
+		(void)snprintf(request->text, sizeof(request->text), "relief: number %u, the last one asked with is %u",
+			number, worker->pressure);
+	}
+	complete(worker, request);
+}
+
 static void submit(struct worker *worker, const struct kvg_sqe *sqe)
 {
 	struct request *request = list_entry(list_pop(&worker->free_requests), struct request, node);
@@ -209,6 +226,10 @@ static void submit(struct worker *worker, const struct kvg_sqe *sqe)
 	*request = (struct request){.sqe = *sqe, .cqe.user_data = sqe->user_data};
 	list_init(&request->node);
 	worker->submitted++;
+	if (sqe->op == KVG_OP_RELIEF) {
+		relief(worker, request);
+		return;
+	}
 	if (worker->registered) {
 		space_submit(worker->space, request);
 		return;

@@ -41,10 +41,14 @@ struct worker {
 	struct setup *setup; /* the request that the executor works on */
 	uint64_t last_work_ns;
 	uint64_t submitted, errors;
-	bool ready;      /* has said hello */
-	bool registered; /* its space is open */
-	bool dead;       /* worker_kill() was called */
-	bool closing;    /* waits for its space or setup */
+	struct loop_timer *relief_timer; /* see pressure.h */
+	uint32_t pressure, relieved;     /* the last number that it was asked with, and that it answered */
+	uint32_t asked_event;            /* the last event that asked it to unmap when the timer was started */
+	bool relief_pending;             /* the timer runs */
+	bool ready;                      /* has said hello */
+	bool registered;                 /* its space is open */
+	bool dead;                       /* worker_kill() was called */
+	bool closing;                    /* waits for its space or setup */
 };
 
 /* Takes an accepted connection. On failure the descriptor is closed. */

@@ -20,6 +20,9 @@ int tenant_new(struct pool *pool, const char *name, uint64_t device_max, struct 
 	if (!tenant)
 		return -ENOMEM;
 	list_init(&tenant->arenas);
+	list_init(&tenant->pressed_node);
+	for (unsigned i = 0; i < RECLAIM_KINDS; i++)
+		list_init(&tenant->offers[i]);
 	tenant->index = index;
 	tenant->pool = pool;
 	tenant->name = strdup(name);

@@ -9,6 +9,11 @@
 
 #include "daemon/memory/pool.h"
 
+struct reclaim;
+
+/* What may be asked to make room, in this order; see reclaim.h. */
+enum reclaim_kind { RECLAIM_CONTEXT, RECLAIM_SEQUENCE, RECLAIM_KINDS };
+
 struct tenant {
 	uint32_t index; /* in the metadata's table */
 	char *name;
@@ -18,8 +23,16 @@ struct tenant {
 	struct pool *pool;
 	struct list arenas;
 	unsigned workers, sequences;
-	uint64_t claimed; /* bytes of device memory that its workers asked for outside of the budget */
-	bool ipc;         /* its workers may hand over memory and events of their own (cuIpc handles) */
+	uint64_t claimed;        /* bytes of device memory that its workers asked for outside of the budget */
+	struct reclaim *reclaim; /* borrowed; NULL: nothing is reclaimed and nobody waits */
+	struct list offers[RECLAIM_KINDS];
+	uint64_t offered;          /* bytes that are on offer, */
+	uint64_t reclaiming_bytes; /* and of those on their way to the host */
+	unsigned offer_count, reclaiming;
+	unsigned ending;          /* workers that have gone and whose memory is not back yet */
+	struct list pressed_node; /* in reclaim's list while more is wanted of it */
+	bool pressed;             /* its workers have been told */
+	bool ipc;                 /* its workers may hand over memory and events of their own (cuIpc handles) */
 };
 
 /* 0, -ENOMEM, or -EUSERS when the table is full. */

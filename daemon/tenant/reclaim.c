@@ -1,0 +1,369 @@
+#include "daemon/tenant/reclaim.h"
+
+#include <assert.h>
+#include <stdio.h>
+
+#include "proto/size.h"
+
+/* ---- accounts ---- */
+
+static uint64_t use_of(const struct tenant *tenant)
+{
+	return tenant->quota.account->charged + tenant->quota.account->promised;
+}
+
+static uint64_t more_than(uint64_t a, uint64_t b)
+{
+	return a > b ? a - b : 0;
+}
+
+/* Bytes that lack in the tenant's own budget, and in the pool, for `bytes` more. */
+static uint64_t lack_own(const struct tenant *tenant, uint64_t bytes)
+{
+	return more_than(use_of(tenant) + bytes, tenant->quota.account->max);
+}
+
+static uint64_t lack_pool(const struct tenant *tenant, uint64_t bytes)
+{
+	const struct quota_account *pool = tenant->pool->quota.account;
+
+	return more_than(pool->charged + pool->promised + bytes, pool->max);
+}
+
+/* The mark above which memory is reclaimed in the background. */
+static uint64_t high_of(const struct tenant *tenant)
+{
+	return tenant->quota.account->max;
+}
+
+static bool may_lose(const struct tenant *tenant)
+{
+	return use_of(tenant) > 0;
+}
+
+/* ---- what is on offer ---- */
+
+void reclaim_offer(struct tenant *tenant, enum reclaim_kind kind, struct reclaimable *reclaimable)
+{
+	assert(list_empty(&reclaimable->node));
+	reclaimable->tenant = tenant;
+	reclaimable->kind = kind;
+	list_add_tail(&tenant->offers[kind], &reclaimable->node);
+	tenant->offered += reclaimable->bytes;
+	tenant->offer_count++;
+	reclaim_check(tenant);
+	if (tenant->reclaim)
+		tenant->reclaim->woken = true;
+}
+
+void reclaim_withdraw(struct reclaimable *reclaimable)
+{
+	if (list_empty(&reclaimable->node))
+		return;
+	list_remove(&reclaimable->node);
+	reclaimable->tenant->offered -= reclaimable->bytes;
+	reclaimable->tenant->offer_count--;
+}
+
+void reclaim_progress(struct tenant *tenant, uint64_t bytes)
+{
+	assert(tenant->reclaiming > 0 && tenant->reclaiming_bytes >= bytes);
+	tenant->reclaiming--;
+	tenant->reclaiming_bytes -= bytes;
+	if (tenant->reclaim)
+		tenant->reclaim->woken = true;
+}
+
+/* The oldest of a kind. One that the host has no room for lets others go first the next time. */
+static uint64_t begin_oldest(struct tenant *tenant, enum reclaim_kind kind)
+{
+	struct reclaimable *oldest = list_entry(tenant->offers[kind].next, struct reclaimable, node);
+	uint64_t bytes = oldest->bytes;
+
+	tenant->reclaiming++;
+	tenant->reclaiming_bytes += bytes;
+	if (oldest->begin(oldest) >= 0)
+		return bytes;
+	tenant->reclaiming--;
+	tenant->reclaiming_bytes -= bytes;
+	list_remove(&oldest->node);
+	list_add_tail(&tenant->offers[kind], &oldest->node);
+	return 0;
+}
+
+uint64_t reclaim_begin(struct tenant *tenant, uint64_t bytes, uint32_t counts[RECLAIM_KINDS])
+{
+	uint64_t begun = 0;
+
+	for (enum reclaim_kind kind = 0; kind < RECLAIM_KINDS; kind++) {
+		for (unsigned tries = tenant->offer_count; tries && begun < bytes; tries--) {
+			uint64_t more = list_empty(&tenant->offers[kind]) ? 0 : begin_oldest(tenant, kind);
+
+			if (!more)
+				break;
+			begun += more;
+			if (counts)
+				counts[kind]++;
+		}
+	}
+	return begun;
+}
+
+/* ---- pressure ---- */
+
+static bool above_high(const struct tenant *tenant)
+{
+	return tenant->quota.account->charged > high_of(tenant);
+}
+
+static bool waits_for(const struct reclaim *reclaim, const struct tenant *tenant)
+{
+	for (const struct list *node = reclaim->waits.next; node != &reclaim->waits; node = node->next) {
+		const struct tenant *who = list_entry(node, struct memory_wait, node)->tenant;
+
+		if (who == tenant || !lack_own(who, 1))
+			return true;
+	}
+	return false;
+}
+
+/* The poller asks its workers, outside of whatever is going on now. */
+static void press(struct tenant *tenant)
+{
+	if (!list_empty(&tenant->pressed_node))
+		return;
+	list_add_tail(&tenant->reclaim->pressed, &tenant->pressed_node);
+	tenant->reclaim->woken = true;
+}
+
+static void reclaim_excess(struct tenant *tenant)
+{
+	uint64_t coming = tenant->reclaiming_bytes + tenant->quota.account->unreturned;
+	uint64_t excess = more_than(tenant->quota.account->charged, high_of(tenant));
+
+	if (excess > coming)
+		(void)reclaim_begin(tenant, excess - coming, NULL);
+}
+
+static void set_pressed(const struct reclaim *reclaim, struct tenant *tenant, bool on)
+{
+	if (tenant->pressed == on)
+		return;
+	tenant->pressed = on;
+	reclaim->ops->pressure(reclaim->user, tenant, on);
+}
+
+/* Those that are neither above high nor waited for any more are left alone. */
+static void settle_pressure(struct reclaim *reclaim)
+{
+	struct list *node = reclaim->pressed.next;
+
+	while (node != &reclaim->pressed) {
+		struct tenant *tenant = list_entry(node, struct tenant, pressed_node);
+		bool high = above_high(tenant);
+
+		node = node->next;
+		if (high)
+			reclaim_excess(tenant);
+		else if (!tenant->quota.account->unreturned || !waits_for(reclaim, tenant))
+			list_remove(&tenant->pressed_node);
+		set_pressed(reclaim, tenant, !list_empty(&tenant->pressed_node));
+	}
+}
+
+void reclaim_check(struct tenant *tenant)
+{
+	if (tenant->reclaim && above_high(tenant))
+		press(tenant);
+}
+
+/* ---- who wants memory ---- */
+
+static bool is_coming(const struct tenant *tenant)
+{
+	return tenant->reclaiming || tenant->ending || tenant->quota.account->unreturned || tenant->pool->destroying;
+}
+
+/* Bytes of the tenant that are on their way back already. */
+static uint64_t coming_bytes(const struct tenant *tenant)
+{
+	return tenant->reclaiming_bytes + tenant->quota.account->unreturned;
+}
+
+/* From one tenant, as much as lacks beyond what is coming. Returns whether memory of it is on its way. */
+static bool take_from(struct tenant *tenant, uint64_t *lack)
+{
+	uint64_t coming = coming_bytes(tenant);
+
+	if (*lack > coming)
+		coming += reclaim_begin(tenant, *lack - coming, NULL);
+	*lack = more_than(*lack, coming);
+	if (tenant->quota.account->unreturned)
+		press(tenant);
+	return is_coming(tenant);
+}
+
+bool reclaim_want(struct tenant *tenant, uint64_t bytes)
+{
+	const struct reclaim *reclaim = tenant->reclaim;
+	uint64_t lack;
+	bool coming;
+
+	if (!reclaim)
+		return false;
+	lack = lack_own(tenant, bytes);
+	if (bytes > tenant->quota.account->max)
+		return false; /* whatever comes back */
+	if (lack)
+		return take_from(tenant, &lack);
+	lack = lack_pool(tenant, bytes);
+	if (!lack)
+		return true;
+	coming = take_from(tenant, &lack);
+	for (size_t i = 0; lack && i < *reclaim->tenant_count; i++)
+		if (reclaim->tenants[i] != tenant && may_lose(reclaim->tenants[i]))
+			coming |= take_from(reclaim->tenants[i], &lack);
+	return coming;
+}
+
+static uint64_t first_deadline(const struct reclaim *reclaim)
+{
+	uint64_t first = UINT64_MAX;
+
+	for (const struct list *node = reclaim->waits.next; node != &reclaim->waits; node = node->next) {
+		const struct memory_wait *wait = list_entry(node, struct memory_wait, node);
+
+		if (wait->since_ns + reclaim->wait_ns < first)
+			first = wait->since_ns + reclaim->wait_ns;
+	}
+	return first;
+}
+
+static void set_timer(const struct reclaim *reclaim)
+{
+	uint64_t first = first_deadline(reclaim), now = loop_now();
+
+	loop_timer_set(reclaim->timer, first == UINT64_MAX ? 0 : first > now ? first - now : 1);
+}
+
+void reclaim_wait(struct tenant *tenant, struct memory_wait *wait)
+{
+	struct reclaim *reclaim = tenant->reclaim;
+
+	wait->tenant = tenant;
+	if (!wait->since_ns)
+		wait->since_ns = loop_now();
+	list_add_tail(&reclaim->waits, &wait->node);
+	set_timer(reclaim);
+}
+
+void reclaim_wait_cancel(struct memory_wait *wait)
+{
+	if (!list_empty(&wait->node))
+		list_remove(&wait->node);
+}
+
+void reclaim_wake(struct tenant *tenant)
+{
+	if (tenant->reclaim)
+		tenant->reclaim->woken = true;
+}
+
+/* Each once, in order; those that go on waiting queue up again in the same order. */
+static void ask_again(struct reclaim *reclaim)
+{
+	uint64_t now = loop_now();
+	struct list waiting, *node;
+
+	list_init(&waiting);
+	while ((node = list_pop(&reclaim->waits)))
+		list_add_tail(&waiting, node);
+	while ((node = list_pop(&waiting))) {
+		struct memory_wait *wait = list_entry(node, struct memory_wait, node);
+
+		wait->expired = now >= wait->since_ns + reclaim->wait_ns;
+		wait->again(wait);
+	}
+	set_timer(reclaim);
+}
+
+static bool has_news(const struct reclaim *reclaim)
+{
+	return reclaim->woken || reclaim->pool->quota.frees != reclaim->seen_frees;
+}
+
+static bool reclaim_poll(void *user)
+{
+	struct reclaim *reclaim = user;
+	bool waited = !list_empty(&reclaim->waits);
+
+	if (!has_news(reclaim))
+		return false;
+	reclaim->woken = false;
+	reclaim->seen_frees = reclaim->pool->quota.frees;
+	if (waited)
+		ask_again(reclaim);
+	settle_pressure(reclaim);
+	return waited;
+}
+
+static bool reclaim_sleep(void *user, bool going)
+{
+	const struct reclaim *reclaim = user;
+
+	return going && has_news(reclaim) && (!list_empty(&reclaim->waits) || !list_empty(&reclaim->pressed));
+}
+
+static const struct loop_poller_ops reclaim_poller = {.poll = reclaim_poll, .sleep = reclaim_sleep};
+
+static void time_over(void *user)
+{
+	struct reclaim *reclaim = user;
+
+	reclaim->woken = true;
+}
+
+int reclaim_init(struct reclaim *reclaim, struct loop *loop, struct pool *pool, struct tenant *const *tenants,
+	const size_t *tenant_count, uint64_t wait_ns, const struct reclaim_ops *ops, void *user)
+{
+	int r;
+
+	*reclaim = (struct reclaim){.loop = loop,
+		.pool = pool,
+		.tenants = tenants,
+		.tenant_count = tenant_count,
+		.wait_ns = wait_ns,
+		.ops = ops,
+		.user = user};
+	list_init(&reclaim->waits);
+	list_init(&reclaim->pressed);
+	r = loop_timer_new(loop, time_over, reclaim, &reclaim->timer);
+	if (r >= 0)
+		r = loop_poller_add(loop, &reclaim_poller, reclaim);
+	if (r < 0)
+		reclaim->timer = loop_timer_free(reclaim->timer);
+	return r;
+}
+
+void reclaim_deinit(struct reclaim *reclaim)
+{
+	if (!reclaim->timer)
+		return;
+	loop_poller_remove(reclaim->loop, &reclaim_poller, reclaim);
+	reclaim->timer = loop_timer_free(reclaim->timer);
+}
+
+void reclaim_explain(const struct tenant *tenant, char *text, size_t size)
+{
+	const struct quota_account *account = tenant->quota.account;
+	uint64_t aside = tenant->offered + account->unreturned;
+	char offered[KVG_SIZE_TEXT], unreturned[KVG_SIZE_TEXT], used[KVG_SIZE_TEXT];
+	int n = snprintf(text, size, "; in use %s", kvg_size_format(more_than(account->charged, aside), used));
+
+	if (tenant->offered && n > 0 && (size_t)n < size)
+		n += snprintf(text + n, size - (size_t)n, ", idle %s (no room for it on the host)",
+			kvg_size_format(tenant->offered, offered));
+	if (account->unreturned && n > 0 && (size_t)n < size)
+		(void)snprintf(text + n, size - (size_t)n, ", not yet unmapped %s",
+			kvg_size_format(account->unreturned, unreturned));
+}
