@@ -21,7 +21,7 @@
 #include "proto/kvgate_abi.h"
 
 #define META_MAGIC       0x6174656d67766bULL /* "kvgmeta" */
-#define META_VERSION     3u
+#define META_VERSION     4u
 #define META_MAX_TENANTS 256u
 #define META_MAX_WORKERS 1024u
 #define META_NAME        128u
@@ -55,12 +55,12 @@ struct meta_header {
 	uint64_t bitmaps_offset, bitmap_size; /* of one extent */
 	uint64_t places_offset, places_size;  /* of one extent */
 	uint64_t fixed_size;
-	struct quota_account pool;
+	struct quota_account pool, host; /* the pool's, of each tier */
 };
 
 struct meta_tenant {
 	char name[META_NAME];
-	struct quota_account account;
+	struct quota_account account, host; /* of device memory; of the host tier */
 	uint64_t reserved[8];
 };
 

@@ -29,8 +29,9 @@ static int pool_fill(struct pool *pool, struct loop *loop, uint64_t size)
 		r = meta_new(size, pool->extent_size, (uint32_t)pool->kind->granularity, &pool->meta);
 	if (r < 0)
 		return r;
-	pool->quota = (struct quota){.name = "pool", .account = &pool->meta->header->pool};
+	pool->quota = (struct quota){.name = "pool", .tier = "device", .account = &pool->meta->header->pool};
 	pool->quota.account->max = size;
+	pool->host = (struct quota){.name = "pool", .tier = "host", .account = &pool->meta->header->host};
 	return 0;
 }
 

@@ -96,6 +96,7 @@ struct extent {
 
 struct pool {
 	struct quota quota;
+	struct quota host; /* of the host tier; max is 0 where there is none */
 	struct meta *meta;
 	struct kind *kind; /* borrowed */
 	struct executor *executor;

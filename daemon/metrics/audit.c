@@ -256,6 +256,21 @@ static void compare_bitmaps(struct walk *walk)
 			differ(walk, "extent %u: its bitmap and the rows that refer to it differ", i);
 }
 
+/* What the pool has given away: of each tenant its min, or its use if that is more. */
+static void compare_committed(struct walk *walk)
+{
+	uint64_t device = 0, host = 0;
+
+	for (uint32_t i = 0; i < walk->header->tenant_count; i++) {
+		const struct quota_account *account = &walk->tenants[i].account, *on_host = &walk->tenants[i].host;
+
+		device += account->min > quota_use(account) ? account->min : quota_use(account);
+		host += on_host->min > quota_use(on_host) ? on_host->min : quota_use(on_host);
+	}
+	expect(walk, "pool", "bytes committed", device, walk->header->pool.committed);
+	expect(walk, "pool", "bytes of the host committed", host, walk->header->host.committed);
+}
+
 static void compare_accounts(struct walk *walk)
 {
 	const struct quota_account *pool = &walk->header->pool;
@@ -267,6 +282,7 @@ static void compare_accounts(struct walk *walk)
 
 		(void)snprintf(row->tenant, sizeof(row->tenant), "%s", walk->tenants[i].name);
 		row->charged = account->charged;
+		row->host_charged = walk->tenants[i].host.charged;
 		expect(walk, row->tenant, "bytes charged", row->extent_bytes, account->charged);
 		expect(walk, row->tenant, "bytes promised", walk->promised[i], account->promised);
 		expect(walk, row->tenant, "bytes unreturned", walk->unreturned[i], account->unreturned);
@@ -311,6 +327,7 @@ static void walk_all(struct walk *walk, audit_physical physical, void *user)
 			see_worker(walk, i);
 	compare_bitmaps(walk);
 	compare_accounts(walk);
+	compare_committed(walk);
 }
 
 int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *ret)

@@ -5,40 +5,15 @@
 
 #include "proto/size.h"
 
-/* ---- accounts ---- */
-
-static uint64_t use_of(const struct tenant *tenant)
-{
-	return tenant->quota.account->charged + tenant->quota.account->promised;
-}
-
 static uint64_t more_than(uint64_t a, uint64_t b)
 {
 	return a > b ? a - b : 0;
 }
 
-/* Bytes that lack in the tenant's own budget, and in the pool, for `bytes` more. */
-static uint64_t lack_own(const struct tenant *tenant, uint64_t bytes)
-{
-	return more_than(use_of(tenant) + bytes, tenant->quota.account->max);
-}
-
-static uint64_t lack_pool(const struct tenant *tenant, uint64_t bytes)
-{
-	const struct quota_account *pool = tenant->pool->quota.account;
-
-	return more_than(pool->charged + pool->promised + bytes, pool->max);
-}
-
-/* The mark above which memory is reclaimed in the background. */
-static uint64_t high_of(const struct tenant *tenant)
-{
-	return tenant->quota.account->max;
-}
-
+/* What others reclaim of a tenant leaves it its min. */
 static bool may_lose(const struct tenant *tenant)
 {
-	return use_of(tenant) > 0;
+	return quota_use(tenant->quota.account) > tenant->quota.account->min;
 }
 
 /* ---- what is on offer ---- */
@@ -113,7 +88,7 @@ uint64_t reclaim_begin(struct tenant *tenant, uint64_t bytes, uint32_t counts[RE
 
 static bool above_high(const struct tenant *tenant)
 {
-	return tenant->quota.account->charged > high_of(tenant);
+	return tenant->quota.account->charged > quota_high(tenant->quota.account);
 }
 
 static bool waits_for(const struct reclaim *reclaim, const struct tenant *tenant)
@@ -121,7 +96,7 @@ static bool waits_for(const struct reclaim *reclaim, const struct tenant *tenant
 	for (const struct list *node = reclaim->waits.next; node != &reclaim->waits; node = node->next) {
 		const struct tenant *who = list_entry(node, struct memory_wait, node)->tenant;
 
-		if (who == tenant || !lack_own(who, 1))
+		if (who == tenant || !quota_lack(&who->quota, 1))
 			return true;
 	}
 	return false;
@@ -139,7 +114,7 @@ static void press(struct tenant *tenant)
 static void reclaim_excess(struct tenant *tenant)
 {
 	uint64_t coming = tenant->reclaiming_bytes + tenant->quota.account->unreturned;
-	uint64_t excess = more_than(tenant->quota.account->charged, high_of(tenant));
+	uint64_t excess = more_than(tenant->quota.account->charged, quota_high(tenant->quota.account));
 
 	if (excess > coming)
 		(void)reclaim_begin(tenant, excess - coming, NULL);
@@ -211,12 +186,12 @@ bool reclaim_want(struct tenant *tenant, uint64_t bytes)
 
 	if (!reclaim)
 		return false;
-	lack = lack_own(tenant, bytes);
+	lack = quota_lack(&tenant->quota, bytes);
 	if (bytes > tenant->quota.account->max)
 		return false; /* whatever comes back */
 	if (lack)
 		return take_from(tenant, &lack);
-	lack = lack_pool(tenant, bytes);
+	lack = quota_lack_pool(&tenant->quota, bytes);
 	if (!lack)
 		return true;
 	coming = take_from(tenant, &lack);

@@ -33,7 +33,10 @@ int tenant_new(struct pool *pool, const char *name, uint64_t device_max, struct 
 	}
 	(void)snprintf(meta->name, sizeof(meta->name), "%s", name);
 	meta->account.max = device_max;
-	tenant->quota = (struct quota){.name = tenant->account_name, .parent = &pool->quota, .account = &meta->account};
+	tenant->quota = (struct quota){
+		.name = tenant->account_name, .tier = "device", .parent = &pool->quota, .account = &meta->account};
+	tenant->host = (struct quota){
+		.name = tenant->account_name, .tier = "host", .parent = &pool->host, .account = &meta->host};
 	pool->meta->header->tenant_count++;
 	*ret = tenant;
 	return 0;

@@ -19,7 +19,8 @@ struct tenant {
 	char *name;
 	char *account_name; /* "tenant NAME" */
 	const char *socket; /* path, for reports; borrowed */
-	struct quota quota;
+	struct quota quota; /* device memory */
+	struct quota host;  /* memory of the host tier; its max is 0 until it is set */
 	struct pool *pool;
 	struct list arenas;
 	unsigned workers, sequences;

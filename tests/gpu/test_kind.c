@@ -257,7 +257,7 @@ static void fixture_init(struct fixture *f)
 	assert_int_equal(executor_new(f->loop, &f->executor), 0);
 	assert_int_equal(pool_new(f->loop, f->executor, kind, 16 * EXTENT, EXTENT, &f->pool), 0);
 	assert_int_equal(arena_new(f->pool, &layout, &f->arena), 0);
-	f->quota = (struct quota){.name = "t", .parent = &f->pool->quota, .account = &f->account};
+	f->quota = (struct quota){.name = "t", .tier = "device", .parent = &f->pool->quota, .account = &f->account};
 }
 
 static void fixture_deinit(struct fixture *f)

@@ -97,7 +97,7 @@ static int setup(void **state)
 	assert_int_equal(pool_new(f->loop, f->executor, f->kind, EXTENTS * EXTENT, EXTENT, &f->pool), 0);
 	assert_int_equal(arena_new(f->pool, &layout, &f->arena), 0);
 	assert_int_equal(f->arena->blocks_per_extent, EACH);
-	f->quota = (struct quota){.name = "t", .parent = &f->pool->quota, .account = &f->account};
+	f->quota = (struct quota){.name = "t", .tier = "device", .parent = &f->pool->quota, .account = &f->account};
 	block_space_init(&f->space, f->pool, f->arena);
 	for (uint32_t i = 0; i < OWNERS; i++) {
 		block_owner_init(&f->owners[i], i + 1);

@@ -108,7 +108,7 @@ static int setup(void **state)
 	assert_int_equal(pool_new(f->loop, f->executor, &f->kind.kind, 8 * EXTENT + EXTENT / 2, EXTENT, &f->pool), 0);
 	assert_int_equal(arena_new(f->pool, &layout, &f->arena), 0);
 	f->account.max = 8 * EXTENT;
-	f->quota = (struct quota){.name = "t", .parent = &f->pool->quota, .account = &f->account};
+	f->quota = (struct quota){.name = "t", .tier = "device", .parent = &f->pool->quota, .account = &f->account};
 	*state = f;
 	return 0;
 }

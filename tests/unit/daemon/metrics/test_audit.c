@@ -152,6 +152,9 @@ static void test_accounts(void **state)
 		plant_u64(scene, &accounts[i]->unreturned, accounts[i]->unreturned - 1, names[i][2]);
 	}
 	plant_u64(scene, &scene->fixture->space->part.worker->promised, 0, "test: bytes promised");
+	plant_u64(scene, &accounts[1]->committed, accounts[1]->committed + 1, "pool: bytes committed");
+	plant_u64(scene, &accounts[0]->min, quota_use(accounts[0]) + 1, "pool: bytes committed");
+	plant_u64(scene, &scene->fixture->tenant->host.account->min, 1, "pool: bytes of the host committed");
 }
 
 static void test_bitmaps(void **state)
