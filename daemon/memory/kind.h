@@ -48,6 +48,10 @@ struct kind_ops {
 	int (*destroy)(struct kind *kind, int fd, size_t size);
 	/* Bytes of memory that the descriptor holds now. */
 	uint64_t (*physical)(struct kind *kind, int fd, size_t size);
+	/* Makes memory of this process that is allocated already reachable for the device at full speed, or no longer
+	 * so. NULL: nothing to do. 0 or a negative errno. */
+	int (*pin)(struct kind *kind, void *at, size_t size);
+	void (*unpin)(struct kind *kind, void *at, size_t size);
 	/* The device of the cuda kind, NULL for others. */
 	struct kvg_cuda *(*device)(struct kind *kind);
 	/* What is known of it, as long as the kind lives; any thread. NULL for kinds without a device. */

@@ -1,5 +1,6 @@
 #include "daemon/memory/meta.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
@@ -76,6 +77,7 @@ int meta_new(uint64_t pool_size, uint64_t extent_size, uint32_t granularity, str
 	if (base == MAP_FAILED)
 		goto fail;
 	meta->header = (struct meta_header *)(void *)base;
+	meta->mapped = header.fixed_size;
 	*meta->header = header;
 	meta->tenants = (struct meta_tenant *)(void *)(base + header.tenants_offset);
 	meta->workers = (struct meta_worker *)(void *)(base + header.workers_offset);
@@ -95,10 +97,31 @@ struct meta *meta_free(struct meta *meta)
 {
 	if (!meta)
 		return NULL;
-	(void)munmap(meta->header, meta->header->fixed_size);
+	if (meta->frames)
+		(void)munmap(meta->frames, meta->header->fixed_size - meta->mapped);
+	(void)munmap(meta->header, meta->mapped);
 	(void)close(meta->fd);
 	free(meta);
 	return NULL;
+}
+
+int meta_add_frames(struct meta *meta, uint32_t count, uint32_t frame_size)
+{
+	uint64_t size = page_up(count * sizeof(struct meta_frame));
+	void *base;
+
+	assert(!meta->frames && meta->header->fixed_size == meta->mapped);
+	if (ftruncate(meta->fd, (off_t)(meta->mapped + size)) < 0)
+		return -errno;
+	base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, meta->fd, (off_t)meta->mapped);
+	if (base == MAP_FAILED)
+		return -errno;
+	meta->frames = base;
+	meta->header->frames_offset = meta->mapped;
+	meta->header->frame_count = count;
+	meta->header->frame_size = frame_size;
+	meta->header->fixed_size += size;
+	return 0;
 }
 
 uint8_t *meta_bitmap(const struct meta *meta, uint32_t extent)

@@ -56,6 +56,9 @@ struct meta_header {
 	uint64_t places_offset, places_size;  /* of one extent */
 	uint64_t fixed_size;
 	struct quota_account pool, host; /* the pool's, of each tier */
+	uint64_t frames_offset;          /* struct meta_frame [frame_count], within fixed_size */
+	uint32_t frame_count;            /* 0: there is no host tier */
+	uint32_t frame_size;
 };
 
 struct meta_tenant {
@@ -95,6 +98,12 @@ struct meta_extent {
 	uint32_t reserved0;
 	uint64_t bytes;
 	uint32_t reserved[4];
+};
+
+/* A frame of the host tier. Frames are chained: what names an object names its first frame. */
+struct meta_frame {
+	uint32_t tenant; /* index + 1; 0: free */
+	uint32_t next;   /* frame + 1; 0: the last of its chain */
 };
 
 /* What is known of one KV pair. score = -inf: an eviction under way has dropped it. */
@@ -167,6 +176,8 @@ struct meta {
 	struct meta_tenant *tenants;
 	struct meta_worker *workers;
 	struct meta_extent *extents;
+	struct meta_frame *frames; /* NULL: there is no host tier */
+	size_t mapped;             /* bytes of the fixed part without frames */
 };
 
 /* A redo record, mapped: the step of one eviction. */
@@ -190,6 +201,9 @@ struct meta_part {
 /* A new metadata memfd. 0 or a negative errno. */
 int meta_new(uint64_t pool_size, uint64_t extent_size, uint32_t granularity, struct meta **ret);
 struct meta *meta_free(struct meta *meta);
+
+/* Adds the table of the host tier's frames to the fixed part: once, before there are workers. 0 or a negative errno. */
+int meta_add_frames(struct meta *meta, uint32_t count, uint32_t frame_size);
 
 /* The bitmap of used blocks (bit id-in-extent) and the places [blocks][KVG_BLOCK_TOKENS] of an extent. */
 uint8_t *meta_bitmap(const struct meta *meta, uint32_t extent);

@@ -94,9 +94,12 @@ struct extent {
 	int fd;
 };
 
+struct host_tier;
+
 struct pool {
 	struct quota quota;
-	struct quota host; /* of the host tier; max is 0 where there is none */
+	struct quota host;      /* of the host tier; max is 0 where there is none */
+	struct host_tier *tier; /* borrowed, set by its owner before there are workers; NULL: none. See daemon/tier */
 	struct meta *meta;
 	struct kind *kind; /* borrowed */
 	struct executor *executor;

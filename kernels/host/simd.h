@@ -61,6 +61,9 @@ struct kvg_simd {
 
 	/* out[r] += sum over k of p[r][k] * v[k], dim elements (padded); for few rows. */
 	void (*mix)(const float *p, size_t rows, size_t ld, const float *v, size_t keys, size_t dim, float *out);
+
+	/* Copies lines of 64 bytes around the caches; dst at a multiple of 64, size too. A fence is the caller's. */
+	void (*stream)(void *dst, const void *src, size_t size);
 };
 
 /* The best table for this CPU. */

@@ -278,6 +278,28 @@ static void mix(const float *p, size_t rows, size_t ld, const float *v, size_t k
 	}
 }
 
+/* ---- copies ---- */
+
+static void stream_register(uint8_t *dst, const uint8_t *src)
+{
+#if LANES == 16
+	_mm512_stream_si512((__m512i *)(void *)dst, _mm512_loadu_si512(src));
+#elif LANES == 8
+	_mm256_stream_si256((__m256i *)(void *)dst, _mm256_loadu_si256((const __m256i *)(const void *)src));
+#else
+	_mm_stream_si128((__m128i *)(void *)dst, _mm_loadu_si128((const __m128i *)(const void *)src));
+#endif
+}
+
+static void stream(void *dst, const void *src, size_t size)
+{
+	uint8_t *to = dst;
+	const uint8_t *from = src;
+
+	for (size_t i = 0; i < size; i += 4 * LANES)
+		stream_register(to + i, from + i);
+}
+
 const struct kvg_simd KVG_SIMD_TABLE = {
 	.name = KVG_SIMD_NAME,
 	.bf16_load = bf16_load,
@@ -289,4 +311,5 @@ const struct kvg_simd KVG_SIMD_TABLE = {
 	.scale = scale,
 	.dots = dots,
 	.mix = mix,
+	.stream = stream,
 };
