@@ -10,6 +10,7 @@
  *
  * meta_extent.state: EMPTY -> BORN (charged, being created) -> LIVE -> DROPPED (the worker was asked to unmap) -> EMPTY
  *                    BORN, LIVE -> DYING (its worker is gone) -> EMPTY
+ *                    EMPTY -> RAW (of its tenant's min, in nobody's use and not charged) -> BORN or EMPTY
  */
 #ifndef KVG_META_H
 #define KVG_META_H
@@ -28,7 +29,7 @@
 #define META_MIN_STRIDE  128u /* bytes; bounds the blocks of an extent */
 #define META_RECORDS     8u   /* redo records of a worker: evictions at a time */
 
-enum meta_extent_state { META_EMPTY = 0, META_BORN = 1, META_LIVE = 2, META_DROPPED = 3, META_DYING = 4 };
+enum meta_extent_state { META_EMPTY = 0, META_BORN = 1, META_LIVE = 2, META_DROPPED = 3, META_DYING = 4, META_RAW = 5 };
 enum meta_generation { META_NURSERY = 0, META_HELD = 1 };
 enum meta_redo_state { META_REDO_NONE = 0, META_REDO_PLANNED = 1, META_REDO_MOVED = 2 };
 enum meta_redo_kind { META_REDO_PACK = 0, META_REDO_RELOCATE = 1 };

@@ -6,6 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "daemon/memory/reserve.h"
+
 #define SLICE_NS 500000u    /* of the executor for one batch, then the jobs of others have their turn */
 #define GAP_NS   100000u    /* after which a pass of the executor is another one */
 #define PART     8u         /* extents that are handed over together while a batch goes on */
@@ -25,6 +27,8 @@ static int pool_fill(struct pool *pool, struct loop *loop, uint64_t size)
 		pool->free_indices[i] = pool->extent_count - 1 - i;
 	pool->free_count = pool->extent_count;
 	r = loop_timer_new(loop, retry_busy, pool, &pool->timer);
+	if (r >= 0)
+		r = loop_timer_new(loop, reserve_retry, pool, &pool->reserve_timer);
 	if (r >= 0)
 		r = meta_new(size, pool->extent_size, (uint32_t)pool->kind->granularity, &pool->meta);
 	if (r < 0)
@@ -49,6 +53,7 @@ int pool_new(struct loop *loop, struct executor *executor, struct kind *kind, ui
 	pool->extent_size = extent_size;
 	pool->extent_count = (uint32_t)(size / extent_size);
 	list_init(&pool->busy);
+	list_init(&pool->doomed);
 	r = pool_fill(pool, loop, size);
 	if (r < 0) {
 		(void)pool_free(pool);
@@ -77,10 +82,13 @@ struct pool *pool_free(struct pool *pool)
 	while ((node = list_pop(&pool->busy))) {
 		struct extent *extent = list_entry(node, struct extent, node);
 
-		(void)close(extent->fd);
 		extent_release(pool, extent, 0);
 	}
+	for (uint32_t i = 0; i < META_MAX_TENANTS; i++)
+		if (pool->reserves[i])
+			reserve_deinit(pool->reserves[i]);
 	pool->timer = loop_timer_free(pool->timer);
+	pool->reserve_timer = loop_timer_free(pool->reserve_timer);
 	(void)meta_free(pool->meta);
 	free(pool->free_indices);
 	free(pool->extents);
@@ -97,6 +105,7 @@ struct extent_batch *extent_batch_new(struct pool *pool, void (*done)(struct ext
 	batch->pool = pool;
 	batch->done = done;
 	batch->user = user;
+	list_init(&batch->node);
 	list_init(&batch->extents);
 	return batch;
 }
@@ -107,8 +116,7 @@ struct extent_batch *extent_batch_free(struct extent_batch *batch)
 	return NULL;
 }
 
-static struct extent *extent_new(
-	struct pool *pool, struct arena *arena, struct quota *quota, uint32_t tenant, uint32_t worker)
+static struct extent *extent_unborn(struct pool *pool)
 {
 	struct extent *extent = calloc(1, sizeof(*extent));
 
@@ -117,9 +125,20 @@ static struct extent *extent_new(
 	list_init(&extent->node);
 	list_init(&extent->open);
 	extent->index = pool->free_indices[--pool->free_count];
+	extent->fd = -1;
+	return extent;
+}
+
+/* raw: what it is made of, or NULL. */
+static struct extent *extent_new(struct pool *pool, struct extent *raw, struct arena *arena, struct quota *quota,
+	uint32_t tenant, uint32_t worker)
+{
+	struct extent *extent = raw ? raw : extent_unborn(pool);
+
+	if (!extent)
+		return NULL;
 	extent->arena = arena_ref(arena);
 	extent->quota = quota;
-	extent->fd = -1;
 	extent->meta = &pool->meta->extents[extent->index];
 	extent->bitmap = meta_bitmap(pool->meta, extent->index);
 	extent->places = meta_places(pool->meta, extent->index);
@@ -140,7 +159,10 @@ static struct extent *extent_new(
 void extent_release(struct pool *pool, struct extent *extent, uint64_t to_promise)
 {
 	struct arena *arena = extent->arena;
+	struct reserve *reserve = reserve_of(pool, extent->meta->tenant);
 
+	if (extent->fd >= 0)
+		(void)close(extent->fd); /* it was never mapped, or nothing can be waited for any more */
 	if (extent->meta->state == META_DROPPED)
 		quota_unreturned_sub(extent->quota, arena->extent_size);
 	quota_refund_to_promise(extent->quota, arena->extent_size, to_promise);
@@ -151,17 +173,27 @@ void extent_release(struct pool *pool, struct extent *extent, uint64_t to_promis
 	pool->live--;
 	*extent->meta = (struct meta_extent){0};
 	(void)extent_free(extent);
+	if (reserve)
+		reserve_settle(reserve);
 }
 
 int extent_batch_add_new(struct extent_batch *batch, struct arena *arena, struct quota *quota, uint32_t tenant,
 	uint32_t worker, uint32_t count)
 {
 	struct pool *pool = batch->pool;
+	struct reserve *reserve = reserve_of(pool, tenant);
+	uint32_t raw = 0;
 
-	if (pool->free_count < count || arena->free_count < count)
+	batch->reserve = reserve;
+	if (reserve) {
+		reserve_make_room(reserve, arena->extent_size);
+		raw = arena->extent_size == pool->extent_size ? reserve->count : 0;
+	}
+	if ((uint64_t)pool->free_count + raw < count || arena->free_count < count)
 		return -ENOSPC;
 	for (uint32_t i = 0; i < count; i++) {
-		struct extent *extent = extent_new(pool, arena, quota, tenant, worker);
+		struct extent *extent =
+			extent_new(pool, i < raw ? reserve_take(reserve) : NULL, arena, quota, tenant, worker);
 
 		if (!extent)
 			return -ENOMEM;
@@ -214,13 +246,14 @@ static int create_one(struct extent_batch *batch, struct extent *extent)
 
 	if (r >= 0)
 		r = arena_back_pairs(arena, extent->meta->slot);
-	if (r < 0)
-		return r;
-	extent->fd = pool->kind->ops->create(pool->kind, arena->extent_size);
-	if (extent->fd < 0)
-		return extent->fd;
-	r = map_new(batch, extent);
-	if (r < 0) {
+	if (r >= 0 && extent->fd < 0) {
+		reserve_destroy_doomed(pool, arena->extent_size);
+		extent->fd = pool->kind->ops->create(pool->kind, arena->extent_size);
+		r = extent->fd < 0 ? extent->fd : 0;
+	}
+	if (r >= 0)
+		r = map_new(batch, extent);
+	if (r < 0 && extent->fd >= 0) {
 		(void)close(extent->fd);
 		extent->fd = -1;
 	}
@@ -403,11 +436,17 @@ static void destroy_done(struct job *job)
 	batch->done(batch);
 }
 
-void extent_batch_create(struct extent_batch *batch)
+void extent_batch_start(struct extent_batch *batch)
 {
 	batch->job = (struct job){.run = batch_run, .poll = create_poll, .done = create_done};
-	batch->pool->batches++;
 	executor_submit(batch->pool->executor, &batch->job);
+}
+
+void extent_batch_create(struct extent_batch *batch)
+{
+	batch->pool->batches++;
+	if (!batch->reserve || !reserve_delays(batch->reserve, batch))
+		extent_batch_start(batch);
 }
 
 void extent_batch_destroy(struct extent_batch *batch)

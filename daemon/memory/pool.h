@@ -21,6 +21,7 @@
 #define SLOT_NONE UINT32_MAX
 
 struct pool;
+struct reserve;
 
 /*
  * One address range for each (tenant, layout). Extent slots come and go, addresses stay. On kinds with a device a
@@ -113,6 +114,13 @@ struct pool {
 	unsigned batches;    /* under way */
 	unsigned destroying; /* of them, those that destroy */
 	unsigned reapers;    /* of them, retries of busy extents */
+	/* Memory of tenants' min that is in nobody's use, see reserve.h: by tenant, NULL where there is none. */
+	struct reserve *reserves[META_MAX_TENANTS];
+	struct loop_timer *reserve_timer;
+	void (*reserve_ended)(void *user); /* NULL, or called when memory of a reserve was created, or could not be */
+	void *reserve_user;
+	bool reserves_end;  /* nothing more is created for them */
+	struct list doomed; /* the executor's: raw extents to be destroyed */
 	/* The executor's: who had the last turn and when, how long the turns of its pass took, and who is next. */
 	const struct extent_batch *sliced, *waiting;
 	uint64_t slice_end_ns, slice_used_ns;
@@ -131,8 +139,10 @@ struct pool *pool_free(struct pool *pool);
  * list have no memory any more and done() gives each to extent_release().
  */
 struct extent_batch {
+	struct list node; /* of those that wait for a reserve */
 	struct job job;
 	struct pool *pool;
+	struct reserve *reserve; /* NULL, or the tenant's, whose raw extents it may have */
 	struct list extents;
 	struct list *next; /* the executor's: where it goes on, and */
 	uint64_t slice_ns; /* when it had its last turn */
@@ -152,10 +162,16 @@ struct extent_batch {
 struct extent_batch *extent_batch_new(struct pool *pool, void (*done)(struct extent_batch *batch), void *user);
 struct extent_batch *extent_batch_free(struct extent_batch *batch);
 
-/* Adds `count` extents that are charged already. -ENOMEM, -ENOSPC (the arena or the table is full). */
+/*
+ * Adds `count` extents that are charged already; those that the tenant's reserve has the memory for take it from there.
+ * -ENOMEM, -ENOSPC (the arena or the table is full).
+ */
 int extent_batch_add_new(struct extent_batch *batch, struct arena *arena, struct quota *quota, uint32_t tenant,
 	uint32_t worker, uint32_t count);
 void extent_batch_create(struct extent_batch *batch);
+
+/* The reserve's: what extent_batch_create() comes to when the batch does not have to wait, or no longer. */
+void extent_batch_start(struct extent_batch *batch);
 
 /* Destroys the batch's extents, which the caller has moved into its list. */
 void extent_batch_destroy(struct extent_batch *batch);

@@ -49,6 +49,20 @@ static const uint8_t *bitmap(const struct walk *walk, uint32_t extent)
 	return walk->base + walk->header->bitmaps_offset + extent * walk->header->bitmap_size;
 }
 
+/* Memory of a tenant's min that nobody uses: it is there, and not charged. */
+static void count_raw(struct walk *walk, uint32_t index, audit_physical physical, void *user)
+{
+	const struct meta_extent *extent = &walk->extents[index];
+	struct audit_row *row = &walk->audit->rows[extent->tenant];
+	uint64_t bytes = physical(user, index);
+	char object[64];
+
+	row->reserved += extent->bytes;
+	row->physical += bytes;
+	(void)snprintf(object, sizeof(object), "raw extent %u", index);
+	expect(walk, object, "bytes of memory", bytes, extent->bytes);
+}
+
 static void count_extent(struct walk *walk, uint32_t index, audit_physical physical, void *user)
 {
 	const struct meta_extent *extent = &walk->extents[index];
@@ -56,6 +70,10 @@ static void count_extent(struct walk *walk, uint32_t index, audit_physical physi
 	uint64_t used = 0, bytes;
 	char object[64];
 
+	if (extent->state == META_RAW) {
+		count_raw(walk, index, physical, user);
+		return;
+	}
 	row->extents++;
 	row->extent_bytes += extent->bytes;
 	if (extent->state == META_DROPPED)
@@ -256,6 +274,14 @@ static void compare_bitmaps(struct walk *walk)
 			differ(walk, "extent %u: its bitmap and the rows that refer to it differ", i);
 }
 
+/* What is raw is of min, and no more than that leaves. */
+static void compare_reserve(struct walk *walk, const struct audit_row *row, const struct quota_account *account)
+{
+	if (row->reserved && (account->charged > account->min || row->reserved > account->min - account->charged))
+		differ(walk, "%s: %" PRIu64 " bytes raw and %" PRIu64 " charged, of a min of %" PRIu64, row->tenant,
+			row->reserved, account->charged, account->min);
+}
+
 /* What the pool has given away: of each tenant its min, or its use if that is more. */
 static void compare_committed(struct walk *walk)
 {
@@ -286,6 +312,7 @@ static void compare_accounts(struct walk *walk)
 		expect(walk, row->tenant, "bytes charged", row->extent_bytes, account->charged);
 		expect(walk, row->tenant, "bytes promised", walk->promised[i], account->promised);
 		expect(walk, row->tenant, "bytes unreturned", walk->unreturned[i], account->unreturned);
+		compare_reserve(walk, row, account);
 		charged += row->extent_bytes;
 		promised += walk->promised[i];
 		unreturned += walk->unreturned[i];

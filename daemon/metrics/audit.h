@@ -16,6 +16,7 @@
 struct audit_row {
 	char tenant[128];
 	uint64_t extents, blocks, extent_bytes, physical, charged;
+	uint64_t reserved;                   /* bytes of its min that are raw; physical counts them too */
 	uint64_t host_counted, host_charged; /* frames of the host tier x size; what the account says */
 };
 

@@ -358,7 +358,8 @@ static void send_audit(struct admin_peer *peer, uint64_t id, const struct audit 
 		rows[i].extent_bytes = row->extent_bytes;
 		rows[i].physical = row->physical;
 		rows[i].charged = row->charged;
-		rows[i].has_host_counted = rows[i].has_host_charged = true;
+		rows[i].has_reserved = rows[i].has_host_counted = rows[i].has_host_charged = true;
+		rows[i].reserved = row->reserved;
 		rows[i].host_counted = row->host_counted;
 		rows[i].host_charged = row->host_charged;
 		pointers[i] = &rows[i];

@@ -37,6 +37,8 @@ int tenant_new(struct pool *pool, const char *name, uint64_t device_max, struct 
 		.name = tenant->account_name, .tier = "device", .parent = &pool->quota, .account = &meta->account};
 	tenant->host = (struct quota){
 		.name = tenant->account_name, .tier = "host", .parent = &pool->host, .account = &meta->host};
+	tenant->limits = TENANT_LIMITS;
+	reserve_init(&tenant->reserve, pool, &tenant->quota, index);
 	pool->meta->header->tenant_count++;
 	*ret = tenant;
 	return 0;
@@ -47,10 +49,41 @@ struct tenant *tenant_free(struct tenant *tenant)
 	if (!tenant)
 		return NULL;
 	assert(list_empty(&tenant->arenas) && tenant->workers == 0);
+	reserve_deinit(&tenant->reserve);
 	free(tenant->name);
 	free(tenant->account_name);
 	free(tenant);
 	return NULL;
+}
+
+static struct quota *quota_of(struct tenant *tenant, enum tenant_tier tier)
+{
+	return tier == TENANT_HOST ? &tenant->host : &tenant->quota;
+}
+
+int tenant_set_budget(struct tenant *tenant, enum tenant_tier tier, const struct budget *budget, char text[QUOTA_TEXT])
+{
+	int r = quota_set(quota_of(tenant, tier), budget->min, budget->high, budget->max, text);
+
+	if (r >= 0 && tier == TENANT_DEVICE)
+		reserve_update(&tenant->reserve);
+	return r;
+}
+
+struct budget tenant_budget(const struct tenant *tenant, enum tenant_tier tier)
+{
+	const struct quota_account *account = tier == TENANT_HOST ? tenant->host.account : tenant->quota.account;
+
+	return (struct budget){.min = account->min, .high = account->high, .max = account->max};
+}
+
+int tenant_check_sequences(const struct tenant *tenant, unsigned more, char *text, size_t text_size)
+{
+	if (more <= tenant->limits.sequences && tenant->sequences <= tenant->limits.sequences - more)
+		return 0;
+	(void)snprintf(text, text_size, "%s: %u sequences, %u more asked for, at most %u (max_sequences)",
+		tenant->quota.name, tenant->sequences, more, tenant->limits.sequences);
+	return -EUSERS;
 }
 
 int tenant_claim(struct tenant *tenant, uint64_t bytes, char *text, size_t text_size)
@@ -83,20 +116,40 @@ static int same_geometry(const struct kvg_layout *a, const struct kvg_layout *b)
 	       memcmp(a->groups, b->groups, sizeof(a->groups)) == 0;
 }
 
-int tenant_arena(struct tenant *tenant, const struct kvg_layout *layout, struct arena **ret)
+static struct arena *find_arena(const struct tenant *tenant, const struct kvg_layout *layout)
 {
-	struct pool *pool = tenant->pool;
-	int r;
-
 	for (struct list *node = tenant->arenas.next; node != &tenant->arenas; node = node->next) {
 		struct arena *arena = list_entry(node, struct arena, node);
 
-		if (same_geometry(&arena->layout, layout)) {
-			*ret = arena_ref(arena);
-			return 0;
-		}
+		if (same_geometry(&arena->layout, layout))
+			return arena;
 	}
-	r = arena_new(pool, layout, ret);
+	return NULL;
+}
+
+int tenant_check_layout(const struct tenant *tenant, const struct kvg_layout *layout, char *text, size_t text_size)
+{
+	unsigned count = 0;
+
+	for (const struct list *node = tenant->arenas.next; node != &tenant->arenas; node = node->next)
+		count++;
+	if (count < tenant->limits.layouts || find_arena(tenant, layout))
+		return 0;
+	(void)snprintf(text, text_size, "%s: layout %s: %u layouts are in use, at most %u (max_layouts)",
+		tenant->quota.name, layout->model, count, tenant->limits.layouts);
+	return -EUSERS;
+}
+
+int tenant_arena(struct tenant *tenant, const struct kvg_layout *layout, struct arena **ret)
+{
+	struct arena *arena = find_arena(tenant, layout);
+	int r;
+
+	if (arena) {
+		*ret = arena_ref(arena);
+		return 0;
+	}
+	r = arena_new(tenant->pool, layout, ret);
 	if (r < 0)
 		return r;
 	list_add_tail(&tenant->arenas, &(*ret)->node);

@@ -344,7 +344,7 @@ uint64_t fixture_physical(void *user, uint32_t index)
 	const struct pool *pool = user;
 	const struct extent *extent = pool->extents[index];
 
-	return pool->kind->ops->physical(pool->kind, extent->fd, extent->arena->extent_size);
+	return pool->kind->ops->physical(pool->kind, extent->fd, extent->meta->bytes);
 }
 
 void fixture_audit(struct fixture *fixture)
