@@ -17,6 +17,7 @@
 #include "daemon/base/log.h"
 #include "daemon/device.h"
 #include "daemon/sequence/compute.h"
+#include "daemon/sequence/context.h"
 #include "proto/size.h"
 #include "daemon/session/admin.h"
 #include "daemon/session/listener.h"
@@ -424,6 +425,8 @@ static void stop(struct daemon *daemon)
 	daemon->failure_watch = loop_watch_free(daemon->failure_watch);
 	daemon->look_timer = loop_timer_free(daemon->look_timer);
 	server_end(server);
+	for (size_t i = 0; i < server->tenant_count; i++)
+		context_forget_all(server->tenants[i]);
 	reclaim_deinit(&server->reclaim);
 	server->executor = executor_free(server->executor);
 	server->pool = pool_free(server->pool);

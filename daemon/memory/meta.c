@@ -56,6 +56,7 @@ static void plan_fixed(struct meta_header *header, uint64_t pool_size, uint64_t 
 	header->tenants_offset = take(&offset, META_MAX_TENANTS * sizeof(struct meta_tenant));
 	header->workers_offset = take(&offset, META_MAX_WORKERS * sizeof(struct meta_worker));
 	header->extents_offset = take(&offset, header->extent_count * sizeof(struct meta_extent));
+	header->contexts_offset = take(&offset, META_MAX_CONTEXTS * sizeof(struct meta_context));
 	header->bitmaps_offset = take(&offset, header->extent_count * header->bitmap_size);
 	header->places_offset = take(&offset, header->extent_count * header->places_size);
 	header->fixed_size = offset;
@@ -69,6 +70,15 @@ int meta_new(uint64_t pool_size, uint64_t extent_size, uint32_t granularity, str
 
 	if (!meta)
 		return -ENOMEM;
+	list_init(&meta->ranges);
+	meta->free_contexts = malloc(META_MAX_CONTEXTS * sizeof(uint32_t));
+	if (!meta->free_contexts) {
+		free(meta);
+		return -ENOMEM;
+	}
+	for (uint32_t i = 0; i < META_MAX_CONTEXTS; i++)
+		meta->free_contexts[i] = META_MAX_CONTEXTS - 1 - i;
+	meta->free_context_count = META_MAX_CONTEXTS;
 	plan_fixed(&header, pool_size, extent_size, granularity);
 	meta->fd = memfd_create("kvgate-meta", MFD_CLOEXEC);
 	if (meta->fd < 0 || ftruncate(meta->fd, (off_t)header.fixed_size) < 0)
@@ -82,6 +92,7 @@ int meta_new(uint64_t pool_size, uint64_t extent_size, uint32_t granularity, str
 	meta->tenants = (struct meta_tenant *)(void *)(base + header.tenants_offset);
 	meta->workers = (struct meta_worker *)(void *)(base + header.workers_offset);
 	meta->extents = (struct meta_extent *)(void *)(base + header.extents_offset);
+	meta->contexts = (struct meta_context *)(void *)(base + header.contexts_offset);
 	*ret = meta;
 	return 0;
 fail:;
@@ -89,6 +100,7 @@ fail:;
 
 	if (meta->fd >= 0)
 		(void)close(meta->fd);
+	free(meta->free_contexts);
 	free(meta);
 	return -error;
 }
@@ -101,6 +113,7 @@ struct meta *meta_free(struct meta *meta)
 		(void)munmap(meta->frames, meta->header->fixed_size - meta->mapped);
 	(void)munmap(meta->header, meta->mapped);
 	(void)close(meta->fd);
+	free(meta->free_contexts);
 	free(meta);
 	return NULL;
 }
@@ -177,25 +190,51 @@ static void plan_part(struct meta_worker *worker, const struct kvg_layout *layou
 	worker->size = offset;
 }
 
-/* The lowest range of `size` bytes after the fixed part that no worker has. */
-static uint64_t find_range(const struct meta *meta, uint64_t size)
+/* ---- ranges ---- */
+
+static void range_free(struct meta *meta, struct meta_range *range)
 {
-	uint64_t at = meta->header->fixed_size;
-	bool moved;
-
-	do {
-		moved = false;
-		for (uint32_t i = 0; i < META_MAX_WORKERS; i++) {
-			const struct meta_worker *other = &meta->workers[i];
-
-			if (other->id && at < other->offset + other->size && other->offset < at + size) {
-				at = other->offset + other->size;
-				moved = true;
-			}
-		}
-	} while (moved);
-	return at;
+	punch(meta, range->offset, range->offset + range->size);
+	list_remove(&range->node);
+	free(range);
 }
+
+/* The lowest range of `size` bytes, a whole number of pages, after the fixed part that no part has; NULL: no memory. */
+static struct meta_range *range_new(struct meta *meta, uint64_t size)
+{
+	struct meta_range *range = malloc(sizeof(*range));
+	uint64_t at = meta->header->fixed_size;
+	struct list *node = meta->ranges.next;
+
+	for (; range && node != &meta->ranges; node = node->next) {
+		const struct meta_range *other = list_entry(node, struct meta_range, node);
+
+		if (at + size <= other->offset)
+			break;
+		at = other->offset + other->size;
+	}
+	if (!range)
+		return NULL;
+	*range = (struct meta_range){.offset = at, .size = size};
+	list_insert_before(node, &range->node);
+	return range;
+}
+
+/* Maps a range, for which the file grows. NULL with errno. */
+static void *range_map(const struct meta *meta, const struct meta_range *range)
+{
+	uint64_t end = range->offset + range->size;
+	struct stat st;
+	void *base;
+
+	if (fstat(meta->fd, &st) < 0 || ((uint64_t)st.st_size < end && ftruncate(meta->fd, (off_t)end) < 0))
+		return NULL;
+	base = mmap(
+		NULL, range->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, meta->fd, (off_t)range->offset);
+	return base == MAP_FAILED ? NULL : base;
+}
+
+/* ---- workers ---- */
 
 static void place_part(struct meta_worker *worker, uint64_t at)
 {
@@ -241,22 +280,23 @@ int meta_part_new(struct meta *meta, const struct kvg_layout *layout, uint32_t r
 {
 	struct meta_worker *entry = free_worker(meta), plan = {0};
 	struct meta_part part;
-	struct stat st;
 
 	if (!entry)
 		return -EUSERS;
 	plan_part(&plan, layout, row_cap);
 	if (plan.size > PART_MAX)
 		return -EFBIG;
-	place_part(&plan, find_range(meta, plan.size));
-	if (fstat(meta->fd, &st) < 0)
-		return -errno;
-	if ((uint64_t)st.st_size < plan.offset + plan.size && ftruncate(meta->fd, (off_t)(plan.offset + plan.size)) < 0)
-		return -errno;
-	part.base =
-		mmap(NULL, plan.size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, meta->fd, (off_t)plan.offset);
-	if (part.base == MAP_FAILED)
-		return -errno;
+	part.range = range_new(meta, plan.size);
+	if (!part.range)
+		return -ENOMEM;
+	place_part(&plan, part.range->offset);
+	part.base = range_map(meta, part.range);
+	if (!part.base) {
+		int error = errno;
+
+		range_free(meta, part.range);
+		return -error;
+	}
 	*entry = plan;
 	part.worker = entry;
 	point_part(&part);
@@ -268,8 +308,8 @@ void meta_part_deinit(struct meta *meta, struct meta_part *part)
 {
 	if (!part->base)
 		return;
-	punch(meta, part->worker->offset, part->worker->offset + part->worker->size);
 	(void)munmap(part->base, part->worker->size);
+	range_free(meta, part->range);
 	*part->worker = (struct meta_worker){0};
 	*part = (struct meta_part){0};
 }
@@ -284,6 +324,52 @@ void meta_part_forget(const struct meta *meta, const struct meta_part *part, uin
 	punch(meta, worker->runs_offset + slot * runs, worker->runs_offset + (slot + 1) * runs);
 	memset(meta_rows(part, slot), 0, rows * sizeof(struct meta_row));
 	memset(part->scored + (size_t)slot * worker->layers, 0, worker->layers * sizeof(uint32_t));
+}
+
+/* ---- contexts ---- */
+
+int meta_context_new(struct meta *meta, uint64_t id, uint32_t rows, uint32_t ids, struct meta_context_part *ret)
+{
+	uint64_t size = page_up(rows * sizeof(struct meta_context_row) + ids * sizeof(uint32_t));
+	struct meta_context_part part;
+	uint32_t index;
+
+	if (!meta->free_context_count)
+		return -EUSERS;
+	part.range = range_new(meta, size);
+	if (!part.range)
+		return -ENOMEM;
+	part.rows = range_map(meta, part.range);
+	if (!part.rows) {
+		int error = errno;
+
+		range_free(meta, part.range);
+		return -error;
+	}
+	part.ids = (uint32_t *)(part.rows + rows);
+	index = meta->free_contexts[--meta->free_context_count];
+	part.context = &meta->contexts[index];
+	if (meta->header->context_count <= index)
+		meta->header->context_count = index + 1;
+	*part.context = (struct meta_context){.id = id,
+		.worker = META_NO_WORKER,
+		.offset = part.range->offset,
+		.size = size,
+		.rows = rows,
+		.ids = ids};
+	*ret = part;
+	return 0;
+}
+
+void meta_context_deinit(struct meta *meta, struct meta_context_part *part)
+{
+	if (!part->context)
+		return;
+	(void)munmap(part->rows, part->range->size);
+	range_free(meta, part->range);
+	meta->free_contexts[meta->free_context_count++] = (uint32_t)(part->context - meta->contexts);
+	*part->context = (struct meta_context){0};
+	*part = (struct meta_context_part){0};
 }
 
 uint64_t meta_physical(const struct meta *meta)

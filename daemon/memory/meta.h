@@ -4,9 +4,9 @@
  *
  * The fixed part (header, tenants, workers, extents, their block bitmaps and slot metadata)
  * is mapped once; each worker's part (sequences, rows, tables of ids, redo record) is
- * a range of the same memfd, mapped while the worker lives. The file is sparse: what was
- * never touched costs nothing. Free lists, counters of free blocks and the like are derived
- * from it and kept elsewhere.
+ * a range of the same memfd, mapped while the worker lives, and so are each context's rows and ids. The file is sparse:
+ * what was never touched costs nothing. Free lists, counters of free blocks and the like are derived from it and kept
+ * elsewhere.
  *
  * meta_extent.state: EMPTY -> BORN (charged, being created) -> LIVE -> DROPPED (the worker was asked to unmap) -> EMPTY
  *                    BORN, LIVE -> DYING (its worker is gone) -> EMPTY
@@ -18,16 +18,19 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "daemon/base/list.h"
 #include "daemon/quota/quota.h"
 #include "proto/kvgate_abi.h"
 
-#define META_MAGIC       0x6174656d67766bULL /* "kvgmeta" */
-#define META_VERSION     4u
-#define META_MAX_TENANTS 256u
-#define META_MAX_WORKERS 1024u
-#define META_NAME        128u
-#define META_MIN_STRIDE  128u /* bytes; bounds the blocks of an extent */
-#define META_RECORDS     8u   /* redo records of a worker: evictions at a time */
+#define META_MAGIC        0x6174656d67766bULL /* "kvgmeta" */
+#define META_VERSION      4u
+#define META_MAX_TENANTS  256u
+#define META_MAX_WORKERS  1024u
+#define META_MAX_CONTEXTS 8192u
+#define META_NO_WORKER    UINT32_MAX
+#define META_NAME         128u
+#define META_MIN_STRIDE   128u /* bytes; bounds the blocks of an extent */
+#define META_RECORDS      8u   /* redo records of a worker: evictions at a time */
 
 enum meta_extent_state { META_EMPTY = 0, META_BORN = 1, META_LIVE = 2, META_DROPPED = 3, META_DYING = 4, META_RAW = 5 };
 enum meta_generation { META_NURSERY = 0, META_HELD = 1 };
@@ -46,13 +49,18 @@ enum meta_phase { META_PHASE_NONE = 0, META_PHASE_MARKING = 1, META_PHASE_MOVING
  */
 enum meta_residency { META_RESIDENT = 0, META_OFFLOADING = 1, META_OFFLOADED = 2, META_RESTORING = 3 };
 
+/* COPYING: nobody finds it, and a successor forgets it. ENDING: its extents are on their way back. */
+enum meta_context_state { META_CONTEXT_COPYING = 1, META_CONTEXT_SEALED = 2, META_CONTEXT_ENDING = 3 };
+
 struct meta_header {
 	uint64_t magic;
 	uint32_t version, tenant_count;
 	uint64_t extent_size, pool_size;
 	uint32_t extent_count; /* capacity */
 	uint32_t granularity;  /* of the memory kind */
-	uint64_t tenants_offset, workers_offset, extents_offset;
+	uint64_t tenants_offset, workers_offset, extents_offset, contexts_offset;
+	uint32_t context_count; /* entries that have been used: those behind them are empty */
+	uint32_t reserved0;
 	uint64_t bitmaps_offset, bitmap_size; /* of one extent */
 	uint64_t places_offset, places_size;  /* of one extent */
 	uint64_t fixed_size;
@@ -90,10 +98,10 @@ struct meta_worker {
 
 struct meta_extent {
 	uint32_t state, tenant;
-	uint32_t worker; /* index in the workers' table */
+	uint32_t worker; /* index in the workers' table; META_NO_WORKER: a published context's */
 	uint32_t slot;   /* in the arena */
 	uint32_t generation;
-	uint32_t owner; /* sequence slot + 1, or 0: blocks of any sequence of the worker */
+	uint32_t owner; /* sequence slot + 1, or 0: blocks of any sequence of the worker; index + 1 of the context */
 	uint32_t blocks, used;
 	uint32_t event; /* DROPPED: number of the event that asked for it */
 	uint32_t reserved0;
@@ -130,7 +138,7 @@ struct meta_seq {
 	uint32_t context;          /* index + 1 of the context whose full blocks its rows begin with; 0: none */
 	uint32_t image;            /* OFFLOADED: first frame + 1 of its blocks on the host */
 	uint32_t retained;         /* first frame + 1 of what evictions dropped and the host keeps; 0: nothing */
-	uint32_t reserved0;
+	uint32_t shared_pos;       /* tokens below it were sealed: in the context, or in its copy of the tail */
 	uint64_t image_bytes, retained_bytes;
 	uint64_t admitted_before; /* OFFLOADED: admitted, which is 0 meanwhile */
 	uint32_t protect_begin[KVG_MAX_PROTECTED], protect_end[KVG_MAX_PROTECTED];
@@ -144,6 +152,32 @@ struct meta_seq {
 struct meta_row {
 	uint32_t base_len;
 	uint32_t held_len, held_blocks, pending;
+};
+
+/*
+ * A context: rows of full blocks that many sequences begin with, after those of its parent. A published one has extents
+ * of its own, with copies of the tails besides; an anonymous one (of a fork) has blocks in a worker's extents.
+ */
+struct meta_context {
+	uint64_t id;     /* among its tenant's; 0: unused */
+	uint32_t state;  /* enum meta_context_state */
+	uint32_t tenant; /* index in the tenants' table */
+	uint32_t worker; /* of an anonymous one; META_NO_WORKER: published */
+	uint32_t parent; /* index + 1 of the context that it goes on from; 0: none */
+	uint32_t refs;   /* sequences and contexts that go on from it */
+	uint32_t tokens; /* of the whole chain */
+	uint64_t blocks; /* of its own, tails with them */
+	uint64_t stride;
+	uint64_t offset, size; /* its range: struct meta_context_row [rows], then block ids, row by row */
+	uint32_t rows, ids;
+	uint8_t key[KVG_KEY_SIZE];
+	uint64_t reserved[8];
+	struct kvg_layout layout;
+};
+
+struct meta_context_row {
+	uint32_t first, blocks;    /* ids of the row's full blocks */
+	uint32_t tail, tail_block; /* pairs behind them, and where they are; 0: none */
 };
 
 struct meta_redo {
@@ -179,6 +213,23 @@ struct meta {
 	struct meta_extent *extents;
 	struct meta_frame *frames; /* NULL: there is no host tier */
 	size_t mapped;             /* bytes of the fixed part without frames */
+	struct meta_context *contexts;
+	struct list ranges;                          /* of parts, by offset */
+	uint32_t *free_contexts, free_context_count; /* the lowest one last */
+};
+
+/* Where a part lies. */
+struct meta_range {
+	struct list node;
+	uint64_t offset, size;
+};
+
+/* A context's part, mapped. */
+struct meta_context_part {
+	struct meta_context *context;
+	struct meta_range *range;
+	struct meta_context_row *rows;
+	uint32_t *ids;
 };
 
 /* A redo record, mapped: the step of one eviction. */
@@ -192,6 +243,7 @@ struct meta_record {
 /* A worker's part, mapped. */
 struct meta_part {
 	struct meta_worker *worker;
+	struct meta_range *range;
 	void *base;
 	struct meta_seq *seqs;
 	struct meta_row *rows;
@@ -220,6 +272,13 @@ void meta_forget_places(const struct meta *meta, uint32_t extent);
  */
 int meta_part_new(struct meta *meta, const struct kvg_layout *layout, uint32_t row_cap, struct meta_part *ret);
 void meta_part_deinit(struct meta *meta, struct meta_part *part);
+
+/*
+ * Takes a free entry of the contexts' table and a range for its rows and ids, zeroed; the caller fills it. id is set:
+ * the entry is in use. -EUSERS: the table is full.
+ */
+int meta_context_new(struct meta *meta, uint64_t id, uint32_t rows, uint32_t ids, struct meta_context_part *ret);
+void meta_context_deinit(struct meta *meta, struct meta_context_part *part);
 
 /* Gives back the memory of a freed sequence's rows. */
 void meta_part_forget(const struct meta *meta, const struct meta_part *part, uint32_t slot);

@@ -19,6 +19,10 @@ struct walk {
 	const struct meta_tenant *tenants;
 	const struct meta_worker *workers;
 	const struct meta_extent *extents;
+	const struct meta_context *contexts;
+	uint32_t *context_refs;          /* by context: sequences and contexts that name it */
+	uint32_t *context_extent;        /* by context: the first of its extents, and */
+	uint32_t *next_extent;           /* by extent: the next of the same context's; SLOT_NONE ends */
 	uint8_t *seen;                   /* bitmaps of blocks that rows refer to */
 	uint32_t *extent_of_slot;        /* of one worker at a time */
 	uint64_t *promised, *unreturned; /* by tenant */
@@ -91,23 +95,29 @@ static void count_extent(struct walk *walk, uint32_t index, audit_physical physi
 	expect(walk, object, "blocks in its bitmap", used, extent->used);
 }
 
-/* A block that a row refers to: its extent is the worker's and alive, and no other row refers to it. */
-static void see_block(struct walk *walk, uint32_t worker, uint32_t ids_per_extent, uint32_t id)
+/* A block that a row refers to: its extent is the owner's and alive, and no other row refers to it. */
+static void see_block(struct walk *walk, const char *owner, uint64_t number, uint32_t ids_per_extent, uint32_t id)
 {
 	uint32_t slot = id / ids_per_extent, block = id % ids_per_extent;
 	uint32_t index = slot < walk->header->extent_count ? walk->extent_of_slot[slot] : SLOT_NONE;
 	uint8_t *byte, mask = (uint8_t)(1u << block % 8);
 
 	if (index == SLOT_NONE || block >= walk->extents[index].blocks) {
-		differ(walk, "worker %" PRIu64 ": a row refers to block %u, of which there is no extent",
-			walk->workers[worker].id, id);
+		differ(walk, "%s %" PRIu64 ": a row refers to block %u, of which there is no extent", owner, number,
+			id);
 		return;
 	}
 	byte = &walk->seen[index * walk->header->bitmap_size + block / 8];
 	if (*byte & mask)
-		differ(walk, "worker %" PRIu64 ": two rows refer to block %u", walk->workers[worker].id, id);
+		differ(walk, "%s %" PRIu64 ": two rows refer to block %u", owner, number, id);
 	*byte |= mask;
 	walk->audit->rows[walk->extents[index].tenant].blocks++;
+}
+
+/* Entries of the contexts' table that may be in use. */
+static uint32_t walk_contexts(const struct walk *walk)
+{
+	return walk->header->context_count < META_MAX_CONTEXTS ? walk->header->context_count : META_MAX_CONTEXTS;
 }
 
 struct sequence_walk {
@@ -144,7 +154,7 @@ static uint64_t see_row(const struct sequence_walk *at, uint32_t row, uint64_t *
 		return 0;
 	}
 	for (uint32_t i = 0; i < blocks; i++)
-		see_block(at->walk, at->worker, at->ids_per_extent, at->ids[i]);
+		see_block(at->walk, "worker", worker->id, at->ids_per_extent, at->ids[i]);
 	return blocks;
 }
 
@@ -161,7 +171,7 @@ static uint64_t see_stripes(const struct sequence_walk *at)
 			    at->walk, worker->runs_offset + index * sizeof(uint32_t), at->ids, rows * sizeof(uint32_t)))
 			continue;
 		for (uint32_t i = 0; i < rows * KVG_RUN_BLOCKS; i++)
-			see_block(at->walk, at->worker, at->ids_per_extent,
+			see_block(at->walk, "worker", worker->id, at->ids_per_extent,
 				at->ids[i / KVG_RUN_BLOCKS] + i % KVG_RUN_BLOCKS);
 		blocks += (uint64_t)rows * KVG_RUN_BLOCKS;
 	}
@@ -183,7 +193,7 @@ static uint64_t see_relocation(const struct sequence_walk *at, uint32_t record)
 		return 0;
 	for (uint32_t i = 0; i < redo.move_count; i++)
 		if (read_part(at->walk, offset + i * sizeof(move), &move, sizeof(move)))
-			see_block(at->walk, at->worker, at->ids_per_extent, move.dst);
+			see_block(at->walk, "worker", worker->id, at->ids_per_extent, move.dst);
 	return redo.move_count;
 }
 
@@ -200,6 +210,11 @@ static void see_sequence(const struct sequence_walk *at)
 			worker->stripe_cap);
 		return;
 	}
+	if (at->seq.context > walk_contexts(at->walk) ||
+		(at->seq.context && at->walk->contexts[at->seq.context - 1].tenant != worker->tenant))
+		differ(at->walk, "%s: begins with context %u, which is not its tenant's", object, at->seq.context - 1);
+	else if (at->seq.context)
+		at->walk->context_refs[at->seq.context - 1]++;
 	blocks = see_stripes(at);
 	for (uint32_t i = 0; i < META_RECORDS; i++)
 		blocks += see_relocation(at, i);
@@ -243,6 +258,113 @@ static void see_sequences(struct walk *walk, uint32_t index, struct meta_row *ro
 	}
 }
 
+/* ---- contexts ---- */
+
+/* Rows and ids of a context, whose extents extent_of_slot has. */
+static void see_rows(
+	struct walk *walk, const struct meta_context *context, const struct meta_context_row *rows, const uint32_t *ids)
+{
+	size_t extent_size = arena_extent_size(walk->header->extent_size, context->stride, walk->header->granularity);
+	uint32_t each = (uint32_t)(extent_size / context->stride);
+	uint64_t blocks = 0;
+	char object[96];
+
+	(void)snprintf(object, sizeof(object), "context %" PRIu64, context->id);
+	for (uint32_t row = 0; row < context->rows; row++) {
+		const struct meta_context_row *at = &rows[row];
+
+		if (at->first > context->ids || at->blocks > context->ids - at->first) {
+			differ(walk, "%s, row %u: %u blocks from %u, there are %u ids", object, row, at->blocks,
+				at->first, context->ids);
+			return;
+		}
+		for (uint32_t i = 0; i < at->blocks; i++)
+			see_block(walk, "context", context->id, each, ids[at->first + i]);
+		if (at->tail && context->worker == META_NO_WORKER)
+			see_block(walk, "context", context->id, each, at->tail_block);
+		blocks += at->blocks + (at->tail > 0);
+	}
+	if (context->state == META_CONTEXT_SEALED)
+		expect(walk, object, "blocks", blocks, context->blocks);
+}
+
+static void see_context(struct walk *walk, const struct meta_context *context)
+{
+	uint64_t rows_size = context->rows * sizeof(struct meta_context_row);
+	uint8_t *part = malloc(context->size + 1);
+
+	if (part && rows_size + context->ids * sizeof(uint32_t) <= context->size &&
+		read_part(walk, context->offset, part, context->size))
+		see_rows(walk, context, (const void *)part, (const void *)(part + rows_size));
+	else
+		differ(walk, "context %" PRIu64 ": its rows cannot be read", context->id);
+	free(part);
+}
+
+/* Published ones have extents of their own. */
+static void see_published(struct walk *walk, uint32_t index)
+{
+	uint32_t first = walk->context_extent[index];
+
+	for (uint32_t i = first; i != SLOT_NONE; i = walk->next_extent[i])
+		walk->extent_of_slot[walk->extents[i].slot] = i;
+	see_context(walk, &walk->contexts[index]);
+	for (uint32_t i = first; i != SLOT_NONE; i = walk->next_extent[i])
+		walk->extent_of_slot[walk->extents[i].slot] = SLOT_NONE;
+}
+
+/* Extents that no worker has are a context's of the same tenant. */
+static void list_context_extents(struct walk *walk)
+{
+	for (uint32_t i = 0; i < walk_contexts(walk); i++)
+		walk->context_extent[i] = SLOT_NONE;
+	for (uint32_t i = 0; i < walk->header->extent_count; i++) {
+		const struct meta_extent *extent = &walk->extents[i];
+		uint32_t owner = extent->owner;
+
+		if (extent->state != META_LIVE || extent->worker != META_NO_WORKER)
+			continue;
+		if (!owner || owner > walk_contexts(walk) || !walk->contexts[owner - 1].id ||
+			walk->contexts[owner - 1].tenant != extent->tenant) {
+			differ(walk, "extent %u: belongs to no worker and no context", i);
+			continue;
+		}
+		walk->next_extent[i] = walk->context_extent[owner - 1];
+		walk->context_extent[owner - 1] = i;
+	}
+}
+
+static void see_all_published(struct walk *walk)
+{
+	list_context_extents(walk);
+	for (uint32_t i = 0; i < walk->header->extent_count; i++)
+		walk->extent_of_slot[i] = SLOT_NONE;
+	for (uint32_t i = 0; i < walk_contexts(walk); i++) {
+		const struct meta_context *context = &walk->contexts[i];
+
+		if (!context->id)
+			continue;
+		if (context->parent && context->parent <= walk_contexts(walk))
+			walk->context_refs[context->parent - 1]++;
+		if (context->worker == META_NO_WORKER && context->state != META_CONTEXT_ENDING)
+			see_published(walk, i);
+	}
+}
+
+static void compare_references(struct walk *walk)
+{
+	for (uint32_t i = 0; i < walk_contexts(walk); i++) {
+		char object[64];
+
+		if (!walk->contexts[i].id)
+			continue;
+		(void)snprintf(object, sizeof(object), "context %" PRIu64, walk->contexts[i].id);
+		expect(walk, object, "references", walk->context_refs[i], walk->contexts[i].refs);
+	}
+}
+
+/* ---- workers ---- */
+
 static void see_worker(struct walk *walk, uint32_t index)
 {
 	const struct meta_worker *worker = &walk->workers[index];
@@ -256,6 +378,9 @@ static void see_worker(struct walk *walk, uint32_t index)
 		if (walk->extents[i].state == META_LIVE && walk->extents[i].worker == index)
 			walk->extent_of_slot[walk->extents[i].slot] = i;
 	walk->promised[worker->tenant] += worker->promised;
+	for (uint32_t i = 0; i < walk_contexts(walk); i++)
+		if (walk->contexts[i].id && walk->contexts[i].worker == index)
+			see_context(walk, &walk->contexts[i]);
 	if (rows && ids)
 		see_sequences(walk, index, rows, ids);
 	else
@@ -330,7 +455,11 @@ static int walk_init(struct walk *walk, int fd, const uint8_t *base, struct audi
 	walk->tenants = (const void *)(base + walk->header->tenants_offset);
 	walk->workers = (const void *)(base + walk->header->workers_offset);
 	walk->extents = (const void *)(base + walk->header->extents_offset);
+	walk->contexts = (const void *)(base + walk->header->contexts_offset);
 	walk->audit = audit;
+	walk->context_refs = calloc(walk_contexts(walk) + 1, sizeof(uint32_t));
+	walk->context_extent = calloc(walk_contexts(walk) + 1, sizeof(uint32_t));
+	walk->next_extent = calloc(walk->header->extent_count, sizeof(uint32_t));
 	walk->seen = calloc(walk->header->extent_count, walk->header->bitmap_size);
 	walk->extent_of_slot = calloc(walk->header->extent_count, sizeof(uint32_t));
 	walk->promised = calloc(META_MAX_TENANTS, sizeof(uint64_t));
@@ -338,8 +467,8 @@ static int walk_init(struct walk *walk, int fd, const uint8_t *base, struct audi
 	audit->row_count = walk->header->tenant_count;
 	audit->rows = calloc(audit->row_count + 1, sizeof(struct audit_row));
 	audit->differences = calloc(AUDIT_DIFFERENCES, AUDIT_TEXT);
-	return walk->seen && walk->extent_of_slot && walk->promised && walk->unreturned && audit->rows &&
-			       audit->differences
+	return walk->context_refs && walk->context_extent && walk->next_extent && walk->seen && walk->extent_of_slot &&
+			       walk->promised && walk->unreturned && audit->rows && audit->differences
 		       ? 0
 		       : -ENOMEM;
 }
@@ -349,9 +478,11 @@ static void walk_all(struct walk *walk, audit_physical physical, void *user)
 	for (uint32_t i = 0; i < walk->header->extent_count; i++)
 		if (walk->extents[i].state != META_EMPTY)
 			count_extent(walk, i, physical, user);
+	see_all_published(walk);
 	for (uint32_t i = 0; i < META_MAX_WORKERS; i++)
 		if (walk->workers[i].id)
 			see_worker(walk, i);
+	compare_references(walk);
 	compare_bitmaps(walk);
 	compare_accounts(walk);
 	compare_committed(walk);
@@ -376,6 +507,9 @@ int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *re
 	r = walk_init(&walk, meta_fd, base, &audit);
 	if (r >= 0)
 		walk_all(&walk, physical, user);
+	free(walk.context_refs);
+	free(walk.context_extent);
+	free(walk.next_extent);
 	free(walk.seen);
 	free(walk.extent_of_slot);
 	free(walk.promised);

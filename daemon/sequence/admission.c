@@ -92,6 +92,14 @@ uint64_t admission_blocks(const struct kvg_policy *policy, uint32_t rows, uint64
 	return max_u64(peak, after) + stripe_blocks((uint64_t)2 * KVG_STRIPE_TOKENS, rows);
 }
 
+struct kvg_policy admission_behind(const struct kvg_policy *policy, uint32_t tokens)
+{
+	struct kvg_policy behind = *policy;
+
+	behind.prefix_tokens -= tokens < policy->prefix_tokens ? tokens : policy->prefix_tokens;
+	return behind;
+}
+
 uint64_t protected_blocks(const struct meta_seq *meta, uint32_t rows, uint32_t from)
 {
 	uint64_t end = (uint64_t)meta->policy.prefix_tokens + meta->policy.context_tokens + meta->policy.max_new_tokens;

@@ -16,6 +16,10 @@
  */
 uint64_t admission_blocks(const struct kvg_policy *policy, uint32_t rows, uint64_t seen, uint64_t held);
 
+/* The same policy for what a sequence has behind its first `tokens` ones, which are a context's: positions count from
+ * there. */
+struct kvg_policy admission_behind(const struct kvg_policy *policy, uint32_t tokens);
+
 /* Blocks of what the sequence is expected to keep once `seen` tokens have had their prefill eviction. */
 uint64_t admission_kept(const struct kvg_policy *policy, uint32_t rows, uint64_t seen);
 

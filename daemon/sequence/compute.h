@@ -24,7 +24,13 @@ struct compute_ops {
 				it */
 	unsigned evictions;  /* of one worker at a time, META_RECORDS at most */
 	bool creates_ahead;  /* creating extents takes so long that it is done before they are needed */
-	int (*score)(struct request *request);   /* STAGE: a slice of the rows, from request->layer and row on */
+	int (*score)(struct request *request); /* STAGE: a slice of the rows, from request->layer and row on */
+	/*
+	 * A slice of request->copy: whole blocks, K and V (nothing where src is dst), and copy.done grows by them.
+	 * Places of the first copy.places destinations become {pos 0, score 1}, for a context's pairs count as prefix;
+	 * of the others nobody will ask. NULL: this kind has no contexts.
+	 */
+	int (*copy)(struct request *request);
 	int (*publish)(struct request *request); /* rows and lengths that request->publish names; NULL: nothing to do */
 	int (*event)(const struct space *space, void *event); /* 0: it has happened; -EAGAIN: not yet */
 	/* How a job ends that only starts its work: executor.h. NULL: each is done when it returns. */

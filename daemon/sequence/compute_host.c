@@ -1,8 +1,18 @@
 /* The host kind's work: kernels/host over mapped memory, done when a function returns. */
 #include "daemon/sequence/compute.h"
 
+#include <string.h>
+
 #include "daemon/sequence/evict.h"
 #include "daemon/sequence/score.h"
+
+#define COPY_SLICE ((size_t)2 << 20) /* bytes */
+
+static void seal_places(struct meta_place *places)
+{
+	for (uint32_t i = 0; i < KVG_BLOCK_TOKENS; i++)
+		places[i] = (struct meta_place){.pos = 0, .score = 1};
+}
 
 static int host_open(struct space *space, const struct space_memory *memory, char *text)
 {
@@ -35,6 +45,31 @@ static int host_move(struct request *request)
 	return 0;
 }
 
+/* One slice: others have their turn after about half a millisecond. */
+static int host_copy(struct request *request)
+{
+	const struct space *space = request->space;
+	const struct arena *arena = space->arena;
+	const struct kvg_group *group = &arena->layout.groups[0];
+	size_t k_bytes = KVG_BLOCK_TOKENS * group->k_dim * (group->k_dtype == KVG_F32 ? 4u : 2u);
+	size_t v_bytes = KVG_BLOCK_TOKENS * group->v_dim * (group->v_dtype == KVG_F32 ? 4u : 2u);
+	struct block_copy *copy = &request->copy;
+
+	for (size_t bytes = 0; copy->done < copy->count && bytes < COPY_SLICE; copy->done++) {
+		const uint8_t *src = arena->base + copy->src[copy->done] * arena->stride;
+		uint8_t *dst = arena->base + copy->dst[copy->done] * arena->stride;
+
+		if (dst != src) {
+			memcpy(dst, src, k_bytes);
+			memcpy(dst + arena->extent_size / 2, src + arena->extent_size / 2, v_bytes);
+		}
+		if (copy->done < copy->places)
+			seal_places(blocks_places(arena, space->pool->meta, copy->dst[copy->done]));
+		bytes += k_bytes + v_bytes;
+	}
+	return 0;
+}
+
 const struct compute_ops compute_host = {
 	.open = host_open,
 	.select = host_select,
@@ -42,4 +77,5 @@ const struct compute_ops compute_host = {
 	.move = host_move,
 	.evictions = 1,
 	.score = score_slice,
+	.copy = host_copy,
 };

@@ -53,9 +53,8 @@ static void report(struct request *request, uint64_t dropped)
 {
 	const struct space *space = request->space;
 	const struct meta_seq *meta = request->sequence->meta;
-	uint64_t fresh = (uint64_t)(meta->committed_pos - meta->fold_pos) * space->rows;
 
-	request->cqe.value[0] = meta->pairs + fresh;
+	request->cqe.value[0] = sequence_pairs(request->sequence);
 	request->cqe.value[1] = dropped;
 	request->cqe.value[2] = meta->blocks * 2 * space->arena->stride;
 	request->cqe.value[3] = (uint64_t)meta->committed_pos << 32 | meta->reserved_pos;
@@ -83,10 +82,10 @@ static void fold_rows(struct sequence *sequence, const struct evict *evict)
 		sequence->meta->pairs += rows[row].held_len;
 		slack = room < slack ? room : slack;
 		if (first < blocks)
-			memcpy(table_row(&space->table, sequence->slot, row) + first,
+			memcpy(sequence_table_row(sequence, row) + first,
 				meta_held(&space->part, sequence->slot, row) + first,
 				(blocks - first) * sizeof(uint32_t));
-		*table_base_len(&space->table, sequence->slot, row) = rows[row].base_len;
+		sequence_table_length(sequence, row);
 	}
 	sequence->min_slack = slack;
 }
@@ -116,19 +115,6 @@ static void clamp_scored(const struct sequence *sequence)
 			scored[i] = sequence->meta->committed_pos;
 }
 
-/* Blocks that the sequence may come to have: those it has, when all its tokens have been read and made. */
-static uint64_t future_need(const struct sequence *sequence)
-{
-	const struct meta_seq *meta = sequence->meta;
-	const struct kvg_policy *policy = &meta->policy;
-	uint32_t rows = sequence->space->rows;
-
-	if (meta->committed_pos >= (uint64_t)policy->prefix_tokens + policy->context_tokens + policy->max_new_tokens)
-		return meta->blocks;
-	return admission_blocks(policy, rows, meta->committed_pos, meta->pairs) +
-	       protected_blocks(meta, rows, meta->fold_pos);
-}
-
 static void end(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
@@ -147,7 +133,7 @@ static void end(struct request *request)
 	meta->evictions++;
 	meta->prune_start = meta->next_prune_start;
 	set_phase(meta, META_PHASE_NONE);
-	meta->admitted = future_need(sequence);
+	meta->admitted = sequence_need(sequence);
 	promise_update(sequence);
 	sequence_publish(sequence);
 	report(request, request->evict->dropped);

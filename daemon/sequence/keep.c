@@ -53,10 +53,11 @@ static uint64_t room_blocks(const struct sequence *sequence)
 	const struct meta_seq *meta = sequence->meta;
 	uint32_t rows = sequence->space->rows;
 	uint64_t held = meta->blocks - (uint64_t)meta->stripes * rows * KVG_RUN_BLOCKS, kept;
+	struct kvg_policy policy = admission_behind(&meta->policy, meta->shared_pos);
 
 	if (meta->policy.mode != KVG_MODE_CHUNKED || meta->policy.ratio >= 1)
 		return 0;
-	kept = admission_kept(&meta->policy, rows, meta->committed_pos + chunk_tokens(sequence));
+	kept = admission_kept(&policy, rows, meta->committed_pos - meta->shared_pos + chunk_tokens(sequence));
 	held += sequence->owner.free_units[META_HELD];
 	return kept > held ? kept - held : 0;
 }

@@ -6,6 +6,7 @@
 
 #include "daemon/sequence/admission.h"
 #include "daemon/sequence/compute.h"
+#include "daemon/sequence/context.h"
 #include "daemon/sequence/keep.h"
 #include "daemon/sequence/promise.h"
 #include "daemon/sequence/space.h"
@@ -17,7 +18,7 @@ static uint32_t next_epoch(struct space *space)
 	return space->epoch;
 }
 
-static struct sequence *sequence_new(struct space *space, const struct kvg_policy *policy, uint64_t admitted)
+struct sequence *sequence_new(struct space *space, const struct kvg_policy *policy, uint64_t admitted)
 {
 	struct sequence *sequence = calloc(1, sizeof(*sequence));
 	struct meta_seq *meta;
@@ -75,6 +76,18 @@ void op_create(struct request *request)
 	request_finish(request);
 }
 
+uint64_t sequence_need(const struct sequence *sequence)
+{
+	const struct meta_seq *meta = sequence->meta;
+	const struct kvg_policy *policy = &meta->policy, behind = admission_behind(policy, meta->shared_pos);
+	uint32_t rows = sequence->space->rows;
+
+	if (meta->committed_pos >= (uint64_t)policy->prefix_tokens + policy->context_tokens + policy->max_new_tokens)
+		return meta->blocks;
+	return sequence->tails + admission_blocks(&behind, rows, meta->committed_pos - meta->shared_pos, meta->pairs) +
+	       protected_blocks(meta, rows, meta->fold_pos);
+}
+
 /* ---- reserve ---- */
 
 /* Runs of stripes from `begin` on go to the table, row by row: rows lie pages apart. */
@@ -84,7 +97,7 @@ static void publish_stripes(struct sequence *sequence, uint32_t begin, uint32_t 
 
 	for (uint32_t row = 0; row < space->rows; row++) {
 		uint32_t held = meta_rows(&space->part, sequence->slot)[row].held_blocks;
-		uint32_t *ids = table_row(&space->table, sequence->slot, row) + held + (size_t)begin * KVG_RUN_BLOCKS;
+		uint32_t *ids = sequence_table_row(sequence, row) + held + (size_t)begin * KVG_RUN_BLOCKS;
 
 		for (uint32_t s = begin; s < end; s++, ids += KVG_RUN_BLOCKS) {
 			uint32_t first = meta_run(&space->part, sequence->slot, s)[row];
@@ -294,9 +307,8 @@ void op_protect(struct request *request)
 void op_query(struct request *request)
 {
 	const struct meta_seq *meta = request->sequence->meta;
-	uint64_t fresh = (uint64_t)(meta->committed_pos - meta->fold_pos) * request->space->rows;
 
-	request->cqe.value[0] = meta->pairs + fresh;
+	request->cqe.value[0] = sequence_pairs(request->sequence);
 	request->cqe.value[1] = meta->blocks;
 	request->cqe.value[2] = meta->committed_pos;
 	request->cqe.value[3] = meta->reserved_pos;
@@ -320,15 +332,16 @@ static void give_blocks(struct sequence *sequence)
 		blocks_give_runs(&space->blocks, meta_run(&space->part, sequence->slot, s), space->rows);
 }
 
-static void sequence_drop(struct sequence *sequence)
+void sequence_drop(struct sequence *sequence)
 {
 	struct space *space = sequence->space;
 	uint32_t slot = sequence->slot;
 
-	if (sequence->meta->blocks || sequence->meta->evictions) {
+	if (sequence->meta->blocks || sequence->meta->evictions || sequence->context) {
 		give_blocks(sequence);
 		meta_part_forget(space->pool->meta, &space->part, slot);
 	}
+	context_leave(sequence);
 	block_owner_deinit(&space->blocks, &sequence->owner);
 	promise_forget(sequence);
 	keep_forget(sequence);

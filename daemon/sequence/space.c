@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "daemon/sequence/compute.h"
+#include "daemon/sequence/context.h"
 #include "daemon/sequence/evict.h"
 #include "daemon/sequence/gates.h"
 #include "daemon/sequence/keep.h"
@@ -79,6 +80,8 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	list_init(&space->dropped);
 	list_init(&space->wait_queue);
 	list_init(&space->evict_queue);
+	list_init(&space->unmapping);
+	list_init(&space->context_waits);
 	block_space_init(&space->blocks, space->pool, NULL);
 	r = space_fill(space, layout, worker_id);
 	if (r < 0) {
@@ -216,6 +219,7 @@ static void drop_sequences(struct space *space)
 
 		if (!sequence)
 			continue;
+		context_leave(sequence);
 		memset(sequence->meta, 0, sizeof(*sequence->meta));
 		space->tenant->sequences--;
 		free(sequence);
@@ -237,6 +241,7 @@ static void close_now(struct space *space)
 	move_all(&space->blocks.spare, &batch->extents);
 	move_all(&space->dropped, &batch->extents);
 	drop_sequences(space);
+	context_space_ended(space);
 	extent_batch_destroy(batch);
 }
 
@@ -287,7 +292,8 @@ static void signal_slot(const struct space *space, const struct kvg_sqe *sqe)
 {
 	uint32_t slot = (uint32_t)sqe->seq;
 
-	if (!space->sync || !sqe->signal_value || slot >= space->part.worker->max_sequences)
+	if (!space->sync || !sqe->signal_value || slot >= space->part.worker->max_sequences ||
+		sqe->op == KVG_OP_ATTACH) /* which names a context there */
 		return;
 	if (__atomic_load_n(&space->sync->slots[slot], __ATOMIC_RELAXED) < sqe->signal_value)
 		__atomic_store_n(&space->sync->slots[slot], sqe->signal_value, __ATOMIC_RELEASE);
@@ -325,6 +331,7 @@ void request_finish(struct request *request)
 void request_deinit(struct request *request)
 {
 	request->evict = evict_free(request->evict);
+	block_copy_deinit(&request->copy);
 }
 
 void request_fail(struct request *request, int status, const char *format, ...)
@@ -346,15 +353,19 @@ static struct sequence *find_sequence(const struct space *space, uint64_t handle
 	return sequence && sequence->meta->epoch == handle >> 32 ? sequence : NULL;
 }
 
+void space_unmapped_part(struct request *request)
+{
+	if (!space_job_ended(request->space) && --request->parts == 0)
+		request_finish(request);
+}
+
 static void unmapped_done(struct extent_batch *batch)
 {
 	struct request *request = batch->user;
-	struct space *space = request->space;
 
-	release_batch(space, batch);
+	release_batch(request->space, batch);
 	(void)extent_batch_free(batch);
-	if (!space_job_ended(space))
-		request_finish(request);
+	space_unmapped_part(request);
 }
 
 static void op_unmapped(struct request *request)
@@ -382,6 +393,8 @@ static void op_unmapped(struct request *request)
 		list_add_tail(&batch->extents, &extent->node);
 	}
 	space->jobs++;
+	request->parts = 1;
+	context_unmapped(request, event);
 	extent_batch_destroy(batch);
 }
 
@@ -396,6 +409,8 @@ static void dispatch(struct request *request)
 		[KVG_OP_FREE] = op_free,
 		[KVG_OP_PROTECT] = op_protect,
 		[KVG_OP_QUERY] = op_query,
+		[KVG_OP_PUBLISH] = op_publish,
+		[KVG_OP_FORK] = op_fork,
 	};
 	ops[request->sqe.op](request);
 }
@@ -416,7 +431,7 @@ static void run(struct request *request)
 	const struct kvg_sqe *sqe = &request->sqe;
 	struct sequence *sequence = find_sequence(request->space, sqe->seq);
 	bool versioned = sqe->op == KVG_OP_COMMIT || sqe->op == KVG_OP_STAGE || sqe->op == KVG_OP_EVICT ||
-			 sqe->op == KVG_OP_TRUNCATE;
+			 sqe->op == KVG_OP_TRUNCATE || sqe->op == KVG_OP_PUBLISH;
 
 	if (!sequence) {
 		request_fail(request, -ENOENT, "sequence %#" PRIx64 ": there is no such sequence", sqe->seq);
@@ -439,11 +454,41 @@ static void run(struct request *request)
 		dispatch(request);
 }
 
+static bool is_operation(uint8_t op)
+{
+	return op <= KVG_OP_QUERY || op == KVG_OP_PUBLISH || op == KVG_OP_FIND || op == KVG_OP_ATTACH ||
+	       op == KVG_OP_FORK;
+}
+
+/* Those that name no sequence of the worker. */
+static bool run_unnamed(struct request *request)
+{
+	switch (request->sqe.op) {
+	case KVG_OP_NOP:
+		request_finish(request);
+		return true;
+	case KVG_OP_CREATE:
+		op_create(request);
+		return true;
+	case KVG_OP_UNMAPPED:
+		op_unmapped(request);
+		return true;
+	case KVG_OP_FIND:
+		op_find(request);
+		return true;
+	case KVG_OP_ATTACH:
+		op_attach(request);
+		return true;
+	default:
+		return false;
+	}
+}
+
 static bool is_known(const struct space *space, const struct kvg_sqe *sqe)
 {
 	bool timeline = sqe->wait_value || sqe->signal_value || sqe->wait_event;
 
-	return sqe->op <= KVG_OP_QUERY && !sqe->flags && !sqe->reserved0 && !sqe->layout && (!timeline || space->sync);
+	return is_operation(sqe->op) && !sqe->flags && !sqe->reserved0 && !sqe->layout && (!timeline || space->sync);
 }
 
 void space_submit(struct space *space, struct request *request)
@@ -459,15 +504,8 @@ void space_submit(struct space *space, struct request *request)
 			sqe->wait_value || sqe->signal_value || sqe->wait_event ? "used" : "unused");
 		return;
 	}
-	if (sqe->op == KVG_OP_NOP || sqe->op == KVG_OP_CREATE || sqe->op == KVG_OP_UNMAPPED) {
-		if (sqe->op == KVG_OP_CREATE)
-			op_create(request);
-		else if (sqe->op == KVG_OP_UNMAPPED)
-			op_unmapped(request);
-		else
-			request_finish(request);
+	if (run_unnamed(request))
 		return;
-	}
 	sequence = find_sequence(space, sqe->seq);
 	if (sequence && sequence->busy)
 		list_add_tail(&sequence->queue, &request->node);
@@ -564,7 +602,7 @@ int space_try_grow(struct request *request, uint32_t extents, const char *what, 
 {
 	struct space *space = request->space;
 	uint64_t bytes = extents * (uint64_t)space->arena->extent_size;
-	uint64_t drawn = promise_available(request->sequence, bytes);
+	uint64_t drawn = promise_available(request->child ? request->child : request->sequence, bytes);
 	struct extent_batch *batch;
 	struct grow *grow;
 	int r = quota_charge(&space->tenant->quota, bytes, drawn, what, request->text);
@@ -693,6 +731,27 @@ uint32_t sequence_block(const struct sequence *sequence, uint32_t row, uint32_t 
 	       fresh % KVG_STRIPE_TOKENS / KVG_BLOCK_TOKENS;
 }
 
+uint32_t *sequence_table_row(const struct sequence *sequence, uint32_t row)
+{
+	return table_row(&sequence->space->table, sequence->slot, row) + sequence_shared(sequence, row);
+}
+
+void sequence_table_length(const struct sequence *sequence, uint32_t row)
+{
+	const struct space *space = sequence->space;
+
+	*table_base_len(&space->table, sequence->slot, row) = sequence_shared(sequence, row) * KVG_BLOCK_TOKENS +
+							      meta_rows(&space->part, sequence->slot)[row].base_len;
+}
+
+uint64_t sequence_pairs(const struct sequence *sequence)
+{
+	const struct meta_seq *meta = sequence->meta;
+	uint64_t fresh = (uint64_t)(meta->committed_pos - meta->fold_pos) * sequence->space->rows;
+
+	return meta->pairs + fresh + (sequence->context ? sequence->context->shared_pairs : 0);
+}
+
 void sequence_publish(const struct sequence *sequence)
 {
 	const struct meta_seq *meta = sequence->meta;
@@ -703,4 +762,5 @@ void sequence_publish(const struct sequence *sequence)
 	slot->fold_pos = meta->fold_pos;
 	slot->committed_pos = meta->committed_pos;
 	slot->reserved_pos = meta->reserved_pos;
+	slot->shared_pos = meta->shared_pos;
 }

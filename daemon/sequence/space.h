@@ -27,6 +27,8 @@ struct evict;
 struct compute_ops;
 struct compute_device;
 struct cuda_lane;
+struct context;
+struct mapping;
 
 struct sequence {
 	struct space *space;
@@ -37,6 +39,13 @@ struct sequence {
 	uint64_t right;     /* extents that it may draw from the worker's promise */
 	uint64_t wanted;    /* extents without blocks that it will fill soon, see keep.h */
 	bool decodes;       /* its last eviction was one of decoding */
+	/*
+	 * The context that its rows begin with, a reference; or NULL. meta_row and all that works on rows know the
+	 * sequence's own blocks only: those behind `shared` [rows] blocks of the context, NULL without one.
+	 */
+	struct context *context;
+	const uint32_t *shared;
+	uint32_t tails; /* blocks of its own that it was attached with */
 	bool busy;
 	struct list queue; /* requests that wait */
 };
@@ -44,11 +53,19 @@ struct sequence {
 /* Which entries of a sequence's rows have changed in the table since the worker's kernels last read them. */
 struct publish {
 	bool held, lengths;                /* ids of all held blocks; base_len */
+	bool shared;                       /* ids of the context's blocks, before those */
 	uint32_t stripe_begin, stripe_end; /* ids of the nursery's runs */
 };
 
+/* Blocks that are copied; the first `places` of them take pairs of their own later. */
+struct block_copy {
+	uint32_t *src, *dst; /* owned: one array */
+	uint32_t count, places, done;
+};
+
 struct request {
-	struct list node; /* in a queue, or its owner's */
+	struct list node;         /* in a queue, or its owner's */
+	struct list context_wait; /* in the space's context_waits, while node is in the context's */
 	struct kvg_sqe sqe;
 	struct kvg_cqe cqe;
 	char text[KVG_TEXT_SIZE]; /* why status is negative */
@@ -68,6 +85,10 @@ struct request {
 	uint32_t layer, row;           /* STAGE: the next to score */
 	struct import *buffer, *event; /* imports that the entry uses */
 	struct evict *evict;
+	struct context *context; /* PUBLISH: that is being made */
+	struct sequence *child;  /* ATTACH, FORK: that is being made */
+	struct block_copy copy;
+	unsigned parts;          /* UNMAPPED: destructions under way */
 	int grow_status;         /* of the last space_try_grow() that went on the executor */
 	uint64_t lack;           /* bytes that it would have had to charge beyond its promise */
 	struct memory_wait wait; /* for memory that others give back */
@@ -130,8 +151,11 @@ struct space {
 	bool growing;     /* extents are created ahead */
 	uint32_t arrived; /* extents of batches whose rest is still being created, for the requests that wait */
 	uint32_t epoch;
-	unsigned waits;         /* requests that the executor asks about, see compute_wait() */
-	struct list wait_queue; /* those that come after them */
+	struct mapping *mappings;  /* of published contexts, see context.h */
+	struct list unmapping;     /* those that the worker was asked to unmap */
+	struct list context_waits; /* requests that wait for a context of another worker's */
+	unsigned waits;            /* requests that the executor asks about, see compute_wait() */
+	struct list wait_queue;    /* those that come after them */
 	struct list evict_queue;
 	unsigned evicting;      /* evictions under way */
 	uint32_t evict_slots;   /* of them, by bit */
@@ -210,14 +234,38 @@ bool space_wait_memory(struct request *request, uint64_t bytes, void (*again)(st
 /* Creates extents out of the worker's promise, with nobody waiting for them; nothing when it is refused. */
 void space_grow_ahead(struct space *space, uint32_t extents);
 
+/* A new sequence in a free slot, of which there is one; the admitted blocks have been promised. NULL: no memory. */
+struct sequence *sequence_new(struct space *space, const struct kvg_policy *policy, uint64_t admitted);
+
+/* Gives everything of a sequence back and frees it. */
+void sequence_drop(struct sequence *sequence);
+
+/* Blocks that the sequence may come to have: those it has, when all its tokens have been read and made. */
+uint64_t sequence_need(const struct sequence *sequence);
+
+/* The place in the worker's table of the row's own blocks, and the row's length there, set from the metadata. */
+uint32_t *sequence_table_row(const struct sequence *sequence, uint32_t row);
+void sequence_table_length(const struct sequence *sequence, uint32_t row);
+
+/* Pairs of all rows, the context's and fresh ones with them. */
+uint64_t sequence_pairs(const struct sequence *sequence);
+
+static inline uint32_t sequence_shared(const struct sequence *sequence, uint32_t row)
+{
+	return sequence->shared ? sequence->shared[row] : 0;
+}
+
 /*
  * Asks the worker to unmap the extents that hold nothing any more, but for those that its sequences take again soon
  * (not while an eviction may want them). Under pressure nothing is kept.
  */
 void space_return_spare(struct space *space);
 
-/* The block of index `index` of a row. */
+/* The block of the pair of index `index` of a row; indices count the row's own pairs. */
 uint32_t sequence_block(const struct sequence *sequence, uint32_t row, uint32_t index);
+
+/* One of the destructions that an UNMAPPED waits for is over; each counted as a job of the space. */
+void space_unmapped_part(struct request *request);
 
 /* Writes the state of a sequence to the worker's table. */
 void sequence_publish(const struct sequence *sequence);
@@ -236,5 +284,9 @@ void op_query(struct request *request);
 void op_free(struct request *request);
 void op_stage(struct request *request);
 void op_evict(struct request *request);
+void op_publish(struct request *request);
+void op_find(struct request *request);
+void op_attach(struct request *request);
+void op_fork(struct request *request);
 
 #endif

@@ -12,6 +12,7 @@
 #include "daemon/base/log.h"
 #include "proto/size.h"
 #include "daemon/metrics/audit.h"
+#include "daemon/sequence/context.h"
 #include "daemon/session/worker.h"
 #include "proto/frame.h"
 
@@ -59,6 +60,15 @@ static uint32_t count_sequences(const struct server *server)
 
 	for (size_t i = 0; i < server->tenant_count; i++)
 		count += server->tenants[i]->sequences;
+	return count;
+}
+
+static uint32_t count_contexts(const struct server *server)
+{
+	uint32_t count = 0;
+
+	for (size_t i = 0; i < server->tenant_count; i++)
+		count += server->tenants[i]->contexts;
 	return count;
 }
 
@@ -115,6 +125,8 @@ static void send_status(struct admin_peer *peer, uint64_t id)
 	status.extents = pool->live;
 	status.workers = server->worker_count;
 	status.sequences = count_sequences(server);
+	status.has_contexts = true;
+	status.contexts = count_contexts(server);
 	status.state_dir = (char *)(uintptr_t)server->state_dir;
 	fill_device(&status, peer->admin);
 	reply.body_case = KVG__ADMIN_REPLY__BODY_STATUS;
@@ -209,6 +221,8 @@ static void on_tenants(struct admin_peer *peer, uint64_t id)
 		rows[i].sequences = tenant->sequences;
 		rows[i].refusals = account->refusals;
 		rows[i].high_water = account->high_water;
+		rows[i].has_contexts = true;
+		rows[i].contexts = tenant->contexts;
 		pointers[list.n_tenants++] = &rows[i];
 	}
 	list.tenants = pointers;
@@ -285,14 +299,61 @@ static void fill_sequence(Kvg__Sequence *row, const struct worker *worker, const
 	row->generation = meta->generation;
 	row->committed_pos = meta->committed_pos;
 	row->reserved_pos = meta->reserved_pos;
-	row->pairs = meta->pairs + (uint64_t)(meta->committed_pos - meta->fold_pos) * sequence->space->rows;
+	row->pairs = sequence_pairs(sequence);
 	row->blocks = meta->blocks;
 	row->bytes = meta->blocks * 2 * sequence->space->arena->stride;
 	row->promised = sequence->right * sequence->space->arena->extent_size;
 	row->ratio = meta->policy.ratio;
 	row->level = meta->policy.level;
 	row->evictions = meta->evictions;
+	if (sequence->context) {
+		row->has_context = true;
+		row->context = sequence->context->part.context->id;
+	}
 }
+
+/* ---- contexts ---- */
+
+static void fill_context(Kvg__Context *row, const struct context *context)
+{
+	const struct meta_context *meta = context->part.context;
+
+	kvg__context__init(row);
+	row->id = meta->id;
+	row->tenant = context->tenant->name;
+	row->key = (ProtobufCBinaryData){.len = KVG_KEY_SIZE, .data = context->part.context->key};
+	row->model = context->part.context->layout.model;
+	row->tokens = meta->tokens;
+	row->pairs = context_pairs(context);
+	row->bytes = context_bytes(context);
+	row->attached = context->attached;
+	row->workers = context->mapped;
+	row->state = (char *)(uintptr_t) "device";
+}
+
+static void on_contexts(struct admin_peer *peer, uint64_t id)
+{
+	const struct server *server = peer->admin->server;
+	uint32_t count = count_contexts(server);
+	Kvg__Context *rows = calloc(count + 1, sizeof(*rows)), **pointers = calloc(count + 1, sizeof(*pointers));
+	Kvg__ContextList list = KVG__CONTEXT_LIST__INIT;
+	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
+
+	for (size_t i = 0; rows && pointers && i < server->tenant_count; i++)
+		for (const struct context *at = context_first(server->tenants[i]); at; at = context_next(at)) {
+			fill_context(&rows[list.n_contexts], at);
+			pointers[list.n_contexts] = &rows[list.n_contexts];
+			list.n_contexts++;
+		}
+	list.contexts = pointers;
+	reply.body_case = KVG__ADMIN_REPLY__BODY_CONTEXTS;
+	reply.contexts = &list;
+	reply_send(peer, &reply, id);
+	free(rows);
+	free(pointers);
+}
+
+/* ---- sequences ---- */
 
 static size_t fill_sequences(Kvg__Sequence *rows, const struct server *server)
 {
@@ -449,6 +510,9 @@ static void dispatch(struct admin_peer *peer, const Kvg__AdminRequest *request)
 		break;
 	case KVG__ADMIN_REQUEST__BODY_AUDIT:
 		on_audit(peer, request->id);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_CONTEXTS:
+		on_contexts(peer, request->id);
 		break;
 	case KVG__ADMIN_REQUEST__BODY_BUDGET_GET:
 		on_budget(peer, request->id, request->budget_get->tenant, NULL);

@@ -30,6 +30,8 @@ struct reclaim;
 /* What may be asked to make room, in this order; see reclaim.h. */
 enum reclaim_kind { RECLAIM_CONTEXT, RECLAIM_SEQUENCE, RECLAIM_KINDS };
 
+struct context;
+
 struct tenant {
 	uint32_t index; /* in the metadata's table */
 	char *name;
@@ -40,6 +42,9 @@ struct tenant {
 	struct reserve reserve;
 	struct pool *pool;
 	struct list arenas;
+	struct context *contexts_by_key, *contexts_by_id; /* published ones, see daemon/sequence/context.h */
+	uint32_t contexts;                                /* of them, those that can be found */
+	uint64_t next_context;
 	unsigned workers, sequences;
 	uint64_t claimed;        /* bytes of device memory that its workers asked for outside of the budget */
 	struct reclaim *reclaim; /* borrowed; NULL: nothing is reclaimed and nobody waits */

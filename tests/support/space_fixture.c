@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "daemon/metrics/audit.h"
+#include "daemon/sequence/context.h"
 
 static uint64_t either(uint64_t value, uint64_t otherwise)
 {
@@ -112,18 +113,30 @@ static void open_space(struct fixture *fixture)
 		fail_msg("%s", fixture->text);
 }
 
+static void open_layout(struct fixture *fixture, const struct fixture_options *options)
+{
+	uint32_t rows;
+
+	list_init(&fixture->calls);
+	fixture->layout = fixture_layout(options);
+	rows = fixture->layout.groups[0].layers * fixture->layout.groups[0].head_count;
+	if (space_new(fixture->tenant, &fixture->layout, 7, &fixture_ops, fixture, &fixture->space, fixture->text) < 0)
+		fail_msg("%s", fixture->text);
+	fixture->staging_size = (size_t)rows * fixture->layout.max_tokens * sizeof(float);
+	fixture->staging = calloc(1, fixture->staging_size);
+	fixture->mapped = calloc(fixture->space->arena->slots, sizeof(bool));
+	assert_true(fixture->staging && fixture->mapped);
+	open_space(fixture);
+}
+
 struct fixture *fixture_new(const struct fixture_options *options)
 {
 	static const struct fixture_options none;
 	const struct fixture_options *o = options ? options : &none;
 	struct fixture *fixture = calloc(1, sizeof(*fixture));
 	uint64_t pool_size = either(o->pool_size, 64 << 20);
-	uint32_t rows;
 
 	assert_non_null(fixture);
-	list_init(&fixture->calls);
-	fixture->layout = fixture_layout(o);
-	rows = fixture->layout.groups[0].layers * fixture->layout.groups[0].head_count;
 	assert_int_equal(loop_new(&fixture->loop), 0);
 	assert_int_equal(executor_new(fixture->loop, &fixture->executor), 0);
 	if (!o->kind)
@@ -133,13 +146,23 @@ struct fixture *fixture_new(const struct fixture_options *options)
 				 (size_t)either(o->extent_size, 64 << 10), &fixture->pool),
 		0);
 	assert_int_equal(tenant_new(fixture->pool, "test", either(o->device_max, pool_size), &fixture->tenant), 0);
-	if (space_new(fixture->tenant, &fixture->layout, 7, &fixture_ops, fixture, &fixture->space, fixture->text) < 0)
-		fail_msg("%s", fixture->text);
-	fixture->staging_size = (size_t)rows * fixture->layout.max_tokens * sizeof(float);
-	fixture->staging = calloc(1, fixture->staging_size);
-	fixture->mapped = calloc(fixture->space->arena->slots, sizeof(bool));
-	assert_true(fixture->staging && fixture->mapped);
-	open_space(fixture);
+	open_layout(fixture, o);
+	return fixture;
+}
+
+struct fixture *fixture_join(struct fixture *first, struct tenant *tenant, const struct fixture_options *options)
+{
+	static const struct fixture_options none;
+	struct fixture *fixture = calloc(1, sizeof(*fixture));
+
+	assert_non_null(fixture);
+	fixture->first = first;
+	fixture->loop = first->loop;
+	fixture->executor = first->executor;
+	fixture->kind = first->kind;
+	fixture->pool = first->pool;
+	fixture->tenant = tenant ? tenant : first->tenant;
+	open_layout(fixture, options ? options : &none);
 	return fixture;
 }
 
@@ -151,13 +174,18 @@ void fixture_kill(struct fixture *fixture)
 	assert_true(fixture->closed);
 }
 
-void fixture_free(struct fixture *fixture)
+void fixture_forget_contexts(struct fixture *fixture, struct tenant *tenant)
+{
+	context_forget_all(tenant);
+	while (executor_pending(fixture->executor))
+		fixture_turn(fixture);
+}
+
+static void free_shared(struct fixture *fixture)
 {
 	const struct quota_account *account = fixture_account(fixture);
-	struct list *node;
 
-	if (!fixture->closed)
-		fixture_kill(fixture);
+	fixture_forget_contexts(fixture, fixture->tenant);
 	assert_int_equal(account->charged, 0);
 	assert_int_equal(account->promised, 0);
 	assert_int_equal(account->unreturned, 0);
@@ -165,16 +193,28 @@ void fixture_free(struct fixture *fixture)
 	assert_int_equal(fixture->pool->quota.account->promised, 0);
 	assert_int_equal(fixture->pool->live, 0);
 	fixture_audit(fixture);
+}
+
+void fixture_free(struct fixture *fixture)
+{
+	struct list *node;
+
+	if (!fixture->closed)
+		fixture_kill(fixture);
+	if (!fixture->first)
+		free_shared(fixture);
 	while ((node = list_pop(&fixture->calls))) {
 		request_deinit(&list_entry(node, struct call, node)->request);
 		free(list_entry(node, struct call, node));
 	}
 	(void)space_free(fixture->space);
-	(void)executor_free(fixture->executor);
-	(void)pool_free(fixture->pool);
-	(void)tenant_free(fixture->tenant);
-	(void)kind_free(fixture->own_kind);
-	(void)loop_free(fixture->loop);
+	if (!fixture->first) {
+		(void)executor_free(fixture->executor);
+		(void)pool_free(fixture->pool);
+		(void)tenant_free(fixture->tenant);
+		(void)kind_free(fixture->own_kind);
+		(void)loop_free(fixture->loop);
+	}
 	free(fixture->staging);
 	free(fixture->mapped);
 	free(fixture);

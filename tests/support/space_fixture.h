@@ -34,6 +34,7 @@ struct call {
 };
 
 struct fixture {
+	struct fixture *first; /* whose loop, executor, pool and tenant these are; NULL: its own */
 	struct loop *loop;
 	struct executor *executor;
 	struct kind *kind, *own_kind;
@@ -57,8 +58,15 @@ struct fixture {
 
 struct fixture *fixture_new(const struct fixture_options *options);
 
-/* Ends the space and checks that every byte came back. */
+/* Another worker's space, of the same tenant (tenant NULL) or of another one, which the caller frees. Freed before
+ * `first`. */
+struct fixture *fixture_join(struct fixture *first, struct tenant *tenant, const struct fixture_options *options);
+
+/* Ends the space, with the last one of all the contexts as well, and checks that every byte came back. */
 void fixture_free(struct fixture *fixture);
+
+/* Forgets the tenant's contexts, and runs the loop until nothing is left to do. */
+void fixture_forget_contexts(struct fixture *fixture, struct tenant *tenant);
 
 /* Ends the space and runs the loop until it is closed. */
 void fixture_kill(struct fixture *fixture);

@@ -1,0 +1,306 @@
+/* A context from beginning to end. */
+#include "daemon/sequence/context.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "daemon/sequence/compute.h"
+
+static uint32_t context_index(const struct context *context)
+{
+	return (uint32_t)(context->part.context - context->tenant->pool->meta->contexts);
+}
+
+static void context_free(struct context *context)
+{
+	struct context *parent = context->parent;
+
+	meta_context_deinit(context->tenant->pool->meta, &context->part);
+	(void)arena_unref(context->arena);
+	free(context->shared);
+	free(context);
+	context_unref(parent);
+}
+
+static void fill_meta(struct context *context, const struct space *space, uint32_t tokens)
+{
+	struct meta_context *meta = context->part.context;
+
+	meta->state = META_CONTEXT_COPYING;
+	meta->tenant = context->tenant->index;
+	meta->worker = context->space ? space->index : META_NO_WORKER;
+	meta->parent = context->parent ? context_index(context->parent) + 1 : 0;
+	meta->tokens = tokens;
+	meta->stride = context->arena->stride;
+	meta->layout = space->part.worker->layout;
+}
+
+static void add_key(struct context *context, const struct space *space, const uint8_t *key)
+{
+	struct tenant *tenant = context->tenant;
+
+	memcpy(context->part.context->key, key, KVG_KEY_SIZE);
+	memcpy(context->key.key, key, KVG_KEY_SIZE);
+	context->key.arena = context->arena;
+	block_space_init(&context->blocks, space->pool, context->arena);
+	block_owner_init(&context->blocks.shared, context_index(context) + 1);
+	HASH_ADD(by_key, tenant->contexts_by_key, key, sizeof(struct context_key), context);
+}
+
+int context_new(struct space *space, struct context *parent, const uint8_t *key, uint32_t tokens, uint64_t ids,
+	struct context **ret)
+{
+	struct context *context = calloc(1, sizeof(*context));
+	uint64_t id = space->tenant->next_context + 1;
+	int r = -ENOMEM;
+
+	if (!context)
+		return -ENOMEM;
+	context->rows = space->rows;
+	context->shared = calloc(space->rows, sizeof(uint32_t));
+	if (context->shared)
+		r = meta_context_new(space->pool->meta, id, space->rows, (uint32_t)ids, &context->part);
+	if (r < 0) {
+		free(context->shared);
+		free(context);
+		return r;
+	}
+	list_init(&context->mappings);
+	list_init(&context->waiting);
+	context->tenant = space->tenant;
+	context->tenant->next_context = id;
+	context->arena = arena_ref(space->arena);
+	context->space = key ? NULL : space;
+	context->parent = parent ? context_ref(parent) : NULL;
+	fill_meta(context, space, tokens);
+	if (key)
+		add_key(context, space, key);
+	*ret = context;
+	return 0;
+}
+
+void context_seal(struct context *context)
+{
+	const struct meta_context_row *rows = context->part.rows;
+	struct meta_context *meta = context->part.context;
+	const struct context *parent = context->parent;
+	uint64_t blocks = 0, shared = 0;
+
+	for (uint32_t row = 0; row < context->rows; row++) {
+		context->shared[row] = (parent ? parent->shared[row] : 0) + rows[row].blocks;
+		context->tails += rows[row].tail > 0;
+		blocks += rows[row].blocks;
+		shared += context->shared[row];
+	}
+	context->shared_pairs = shared * KVG_BLOCK_TOKENS;
+	context->chain_blocks = shared + context->tails;
+	meta->blocks = blocks + context->tails;
+	meta->state = META_CONTEXT_SEALED;
+	if (!context_is_published(context))
+		return;
+	context->tenant->contexts++;
+	HASH_ADD(by_id, context->tenant->contexts_by_id, part.context->id, sizeof(uint64_t), context);
+}
+
+/* ---- finding ---- */
+
+struct context *context_find(const struct tenant *tenant, const struct arena *arena, const uint8_t *key)
+{
+	struct context_key wanted = {.arena = arena};
+	struct context *found = NULL;
+
+	memcpy(wanted.key, key, KVG_KEY_SIZE);
+	HASH_FIND(by_key, tenant->contexts_by_key, &wanted, sizeof(wanted), found);
+	return found;
+}
+
+struct context *context_find_id(const struct tenant *tenant, uint64_t id)
+{
+	struct context *found = NULL;
+
+	HASH_FIND(by_id, tenant->contexts_by_id, &id, sizeof(id), found);
+	return found;
+}
+
+struct context *context_published(struct context *context)
+{
+	while (context && !context_is_published(context))
+		context = context->parent;
+	return context;
+}
+
+uint64_t context_bytes(const struct context *context)
+{
+	return context->blocks.extent_count * (uint64_t)context->arena->extent_size;
+}
+
+uint64_t context_pairs(const struct context *context)
+{
+	uint64_t pairs = context->shared_pairs;
+
+	for (uint32_t row = 0; row < context->rows; row++)
+		pairs += context->part.rows[row].tail;
+	return pairs;
+}
+
+const struct context *context_first(const struct tenant *tenant)
+{
+	return tenant->contexts_by_id;
+}
+
+const struct context *context_next(const struct context *context)
+{
+	return context->by_id.next;
+}
+
+/* ---- the end ---- */
+
+static void destroyed(struct extent_batch *batch)
+{
+	struct context *context = batch->user;
+	struct request *ender = context->ender;
+
+	while (!list_empty(&batch->extents))
+		extent_release(batch->pool, list_entry(batch->extents.next, struct extent, node), 0);
+	(void)extent_batch_free(batch);
+	context_free(context);
+	if (ender)
+		space_unmapped_part(ender);
+}
+
+static void take_extents(struct list *from, struct list *to)
+{
+	struct list *node;
+
+	while ((node = list_pop(from))) {
+		struct extent *extent = list_entry(node, struct extent, node);
+
+		list_remove(&extent->open);
+		if (extent->meta->state != META_DROPPED)
+			extent->meta->state = META_DYING;
+		list_add_tail(to, &extent->node);
+	}
+}
+
+static void destroy(struct context *context)
+{
+	struct extent_batch *batch = extent_batch_new(context->tenant->pool, destroyed, context);
+
+	if (!batch)
+		abort(); /* 100 bytes were not to be had: the service manager starts us again */
+	take_extents(&context->blocks.extents, &batch->extents);
+	take_extents(&context->blocks.spare, &batch->extents);
+	extent_batch_destroy(batch);
+}
+
+static void ask_back(const struct list *extents)
+{
+	for (const struct list *node = extents->next; node != extents; node = node->next) {
+		struct extent *extent = list_entry(node, struct extent, node);
+
+		extent->meta->state = META_DROPPED;
+		quota_unreturned_add(extent->quota, extent->meta->bytes);
+	}
+}
+
+/* Nobody refers to it or finds it. */
+static void end_published(struct context *context)
+{
+	context->part.context->state = META_CONTEXT_ENDING;
+	if (!context->mapped) {
+		destroy(context);
+		return;
+	}
+	ask_back(&context->blocks.extents);
+	context_unmap(context);
+}
+
+void context_mapping_ended(struct context *context, struct request *ender)
+{
+	if (--context->mapped || context->part.context->state != META_CONTEXT_ENDING)
+		return;
+	context->ender = ender;
+	if (ender) {
+		ender->parts++;
+		ender->space->jobs++;
+	}
+	destroy(context);
+}
+
+static void end_anonymous(struct context *context)
+{
+	struct space *space = context->space;
+	const struct meta_context *meta = context->part.context;
+
+	for (uint32_t i = 0; i < meta->ids && !space->closing; i++)
+		blocks_give(&space->blocks, context->part.ids[i]);
+	context_free(context);
+}
+
+struct context *context_ref(struct context *context)
+{
+	context->part.context->refs++;
+	return context;
+}
+
+void context_unref(struct context *context)
+{
+	if (!context || --context->part.context->refs)
+		return;
+	if (!context_is_published(context))
+		end_anonymous(context);
+	else if (context->forgotten)
+		end_published(context);
+}
+
+void context_wake(struct context *context)
+{
+	struct list waiting, *node;
+
+	list_init(&waiting);
+	while ((node = list_pop(&context->waiting)))
+		list_add_tail(&waiting, node);
+	while ((node = list_pop(&waiting))) {
+		struct request *request = list_entry(node, struct request, node);
+
+		list_remove(&request->wait);
+		op_publish(request);
+	}
+}
+
+static void unlist(struct context *context)
+{
+	struct tenant *tenant = context->tenant;
+
+	context->forgotten = true;
+	HASH_DELETE(by_key, tenant->contexts_by_key, context);
+	if (context->part.context->state != META_CONTEXT_SEALED)
+		return;
+	HASH_DELETE(by_id, tenant->contexts_by_id, context);
+	tenant->contexts--;
+}
+
+void context_abort(struct context *context)
+{
+	unlist(context);
+	context_wake(context);
+	end_published(context);
+}
+
+void context_forget(struct context *context)
+{
+	if (context->forgotten)
+		return;
+	unlist(context);
+	if (!context->part.context->refs)
+		end_published(context);
+}
+
+void context_forget_all(struct tenant *tenant)
+{
+	struct context *context, *next;
+
+	HASH_ITER(by_id, tenant->contexts_by_id, context, next)
+	context_forget(context);
+}

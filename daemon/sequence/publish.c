@@ -1,0 +1,333 @@
+/* PUBLISH and FIND. */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "daemon/sequence/compute.h"
+#include "daemon/sequence/context.h"
+
+static void report(struct request *request, const struct context *context)
+{
+	request->cqe.value[0] = context->part.context->id;
+	request->cqe.value[1] = context->chain_blocks * 2 * context->arena->stride;
+	request->cqe.value[2] = context->part.context->tokens;
+}
+
+/* ---- the sequence goes on behind the context ---- */
+
+static void adopted(struct request *request, struct context *context, bool existed)
+{
+	int r = context_adopt(request->sequence, context, true);
+
+	block_copy_deinit(&request->copy);
+	if (r < 0) {
+		request_fail(request, r, "publish: out of memory");
+		return;
+	}
+	space_return_spare(request->space);
+	report(request, context);
+	request->cqe.value[3] = existed;
+	request->publish = (struct publish){.held = true, .lengths = true, .shared = true};
+	compute_publish(request, request_finish);
+}
+
+/* Its own tails stay: they count as prefix from now on. Lists them from entry `n` of the copies on. */
+static void list_own_tails(const struct sequence *sequence, struct block_copy *copy, uint32_t n)
+{
+	for (uint32_t row = 0; row < sequence->space->rows; row++) {
+		struct row_extent at = context_row_extent(sequence, row);
+
+		if (!at.tail)
+			continue;
+		copy->src[n] = copy->dst[n] = sequence_block(sequence, row, at.blocks * KVG_BLOCK_TOKENS);
+		n++;
+	}
+}
+
+/* ---- another sequence had published the key ---- */
+
+static bool lengths_agree(const struct sequence *sequence, const struct context *context)
+{
+	if (context->part.context->tokens != sequence->meta->committed_pos)
+		return false;
+	for (uint32_t row = 0; row < context->rows; row++) {
+		struct row_extent at = context_row_extent(sequence, row);
+
+		if (at.blocks + sequence_shared(sequence, row) != context->shared[row] ||
+			at.tail != context->part.rows[row].tail)
+			return false;
+	}
+	return true;
+}
+
+static void existing_sealed(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+	struct context *context = request->context;
+
+	request->context = NULL;
+	if (space_job_ended(request->space)) {
+		context_unref(context);
+		return;
+	}
+	if (!space_job_lost(request))
+		adopted(request, context, true);
+	context_unref(context);
+}
+
+static void join_existing(struct request *request, struct context *context)
+{
+	const struct sequence *sequence = request->sequence;
+
+	if (!lengths_agree(sequence, context)) {
+		request_fail(request, -EEXIST,
+			"sequence %#" PRIx64 ": publish: the key names context %" PRIu64
+			" of %u tokens, which does not "
+			"hold what the sequence of %u does",
+			request->sqe.seq, context->part.context->id, context->part.context->tokens,
+			sequence->meta->committed_pos);
+		return;
+	}
+	if (block_copy_init(&request->copy, context->tails, context->tails) < 0) {
+		request_fail(request, -ENOMEM, "publish: out of memory");
+		return;
+	}
+	list_own_tails(sequence, &request->copy, 0);
+	request->context = context_ref(context);
+	compute_submit(request, request->space->compute->copy, existing_sealed);
+}
+
+/* ---- a new context ---- */
+
+/* Nothing is left of it. */
+static void give_up(struct request *request, int status)
+{
+	struct context *context = request->context;
+
+	request->context = NULL;
+	block_copy_deinit(&request->copy);
+	request->cqe.status = status;
+	context_abort(context);
+	request_finish(request);
+}
+
+/* The end of a job; false when the worker is gone, and the context with it. */
+static bool goes_on(struct request *request)
+{
+	struct context *context = request->context;
+
+	if (atomic_load_explicit(&request->space->dying, memory_order_relaxed)) {
+		request->context = NULL;
+		context_abort(context);
+	}
+	return !space_job_ended(request->space);
+}
+
+static void copied(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+	struct context *context = request->context;
+
+	if (!goes_on(request))
+		return;
+	if (request->job_status < 0) {
+		(void)snprintf(request->text, sizeof(request->text), "publish: %s", strerror(-request->job_status));
+		give_up(request, request->job_status);
+		return;
+	}
+	if (request->copy.done < request->copy.count) {
+		compute_submit(request, request->space->compute->copy, copied);
+		return;
+	}
+	request->context = NULL;
+	context_seal(context);
+	(void)context_ref(context);
+	adopted(request, context, false);
+	context_wake(context);
+	context_unref(context);
+}
+
+/* Blocks of a row that lie in anonymous contexts, oldest first. */
+static uint32_t list_anonymous(const struct context *at, uint32_t row, uint32_t *ids)
+{
+	const struct meta_context_row *from;
+	uint32_t n;
+
+	if (!at || context_is_published(at))
+		return 0;
+	from = &at->part.rows[row];
+	n = list_anonymous(at->parent, row, ids);
+	memcpy(ids + n, at->part.ids + from->first, from->blocks * sizeof(uint32_t));
+	return n + from->blocks;
+}
+
+/* Copies: tails, then the sequence's own tails (places alone), then full blocks row by row. */
+static void list_copies(struct request *request)
+{
+	const struct sequence *sequence = request->sequence;
+	struct context *context = request->context;
+	struct block_copy *copy = &request->copy;
+	uint32_t tails = copy->places / 2, n = 0, tail = 0, *full = copy->src + copy->places;
+
+	list_own_tails(sequence, copy, tails);
+	memcpy(copy->src, copy->src + tails, tails * sizeof(uint32_t));
+	memcpy(context->part.ids, copy->dst + copy->places, (copy->count - copy->places) * sizeof(uint32_t));
+	for (uint32_t row = 0; row < context->rows; row++) {
+		struct row_extent at = context_row_extent(sequence, row);
+		uint32_t first = n;
+
+		n += list_anonymous(sequence->context, row, full + n);
+		for (uint32_t i = 0; i < at.blocks; i++)
+			full[n++] = sequence_block(sequence, row, i * KVG_BLOCK_TOKENS);
+		context->part.rows[row] = (struct meta_context_row){.first = first,
+			.blocks = n - first,
+			.tail = at.tail,
+			.tail_block = at.tail ? copy->dst[tail++] : 0};
+	}
+}
+
+/* Its extents are there. */
+static void fill(struct request *request)
+{
+	struct context *context = request->context;
+	struct block_copy *copy = &request->copy;
+	uint32_t tails = copy->places / 2;
+
+	blocks_take(&context->blocks, &context->blocks.shared, META_HELD, tails, copy->count - copy->places, copy->dst);
+	blocks_take(&context->blocks, &context->blocks.shared, META_HELD, copy->count - copy->places, 0,
+		copy->dst + copy->places);
+	list_copies(request);
+	compute_submit(request, request->space->compute->copy, copied);
+}
+
+static void created(struct extent_batch *batch)
+{
+	struct request *request = batch->user;
+	struct context *context = request->context;
+	int status = batch->status;
+	struct list *node;
+
+	while (status < 0 && !list_empty(&batch->extents))
+		extent_release(batch->pool, list_entry(batch->extents.next, struct extent, node), 0);
+	while ((node = list_pop(&batch->extents)))
+		blocks_add_extent(&context->blocks, list_entry(node, struct extent, node));
+	(void)extent_batch_free(batch);
+	if (!goes_on(request))
+		return;
+	if (status >= 0) {
+		fill(request);
+		return;
+	}
+	(void)snprintf(request->text, sizeof(request->text), "%s: memory of a context: %s",
+		request->space->tenant->quota.name, strerror(-status));
+	give_up(request, status);
+}
+
+/* Extents of its own, charged to the tenant. */
+static int grow(struct request *request, uint32_t extents)
+{
+	struct space *space = request->space;
+	struct quota *quota = &space->tenant->quota;
+	uint64_t bytes = extents * (uint64_t)space->arena->extent_size;
+	struct extent_batch *batch;
+	int r = quota_charge(quota, bytes, 0, "the context", request->text);
+
+	if (r < 0)
+		return r;
+	batch = extent_batch_new(space->pool, created, request);
+	r = batch ? extent_batch_add_new(batch, space->arena, quota, space->tenant->index, META_NO_WORKER, extents)
+		  : -ENOMEM;
+	if (r < 0) {
+		quota_refund(quota, bytes - (batch ? batch->count * space->arena->extent_size : 0));
+		while (batch && !list_empty(&batch->extents))
+			extent_release(space->pool, list_entry(batch->extents.next, struct extent, node), 0);
+		(void)extent_batch_free(batch);
+		(void)snprintf(request->text, sizeof(request->text), "%s: extents of %" PRIu64 " bytes: %s",
+			quota->name, bytes, strerror(-r));
+		return r;
+	}
+	space->jobs++;
+	extent_batch_create(batch);
+	return 0;
+}
+
+struct size {
+	uint64_t full;
+	uint32_t tails;
+};
+
+/* Blocks behind those of the published context that the sequence begins with. */
+static struct size measure(const struct sequence *sequence, const struct context *parent)
+{
+	struct size size = {0};
+
+	for (uint32_t row = 0; row < sequence->space->rows; row++) {
+		struct row_extent at = context_row_extent(sequence, row);
+
+		size.full += at.blocks + sequence_shared(sequence, row) - (parent ? parent->shared[row] : 0);
+		size.tails += at.tail > 0;
+	}
+	return size;
+}
+
+static void make(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+	struct context *parent = context_published(sequence->context);
+	struct size size = measure(sequence, parent);
+	uint32_t each = request->space->arena->blocks_per_extent;
+	int r = context_new(request->space, parent, request->sqe.publish.key, sequence->meta->committed_pos, size.full,
+		&request->context);
+
+	if (r < 0) {
+		request_fail(request, r, "publish: %s", r == -EUSERS ? "there are too many contexts" : "out of memory");
+		return;
+	}
+	r = block_copy_init(&request->copy, size.full + 2 * (uint64_t)size.tails, 2 * (uint64_t)size.tails);
+	if (r >= 0)
+		r = grow(request, (uint32_t)((size.full + size.tails + each - 1) / each));
+	if (r < 0)
+		give_up(request, r);
+}
+
+static void wait_for(struct request *request, struct context *context)
+{
+	list_add_tail(&context->waiting, &request->node);
+	list_init(&request->wait);
+	list_add_tail(&request->space->context_waits, &request->wait);
+}
+
+void op_publish(struct request *request)
+{
+	struct space *space = request->space;
+	const struct meta_seq *meta = request->sequence->meta;
+	struct context *existing = context_find(space->tenant, space->arena, request->sqe.publish.key);
+
+	if (!space->compute->copy)
+		request_fail(request, -EOPNOTSUPP, "publish: this kind has no contexts");
+	else if (!meta->committed_pos)
+		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": publish: it has no committed tokens",
+			request->sqe.seq);
+	else if (!existing)
+		make(request);
+	else if (existing->part.context->state == META_CONTEXT_COPYING)
+		wait_for(request, existing);
+	else
+		join_existing(request, existing);
+}
+
+/* ---- FIND ---- */
+
+void op_find(struct request *request)
+{
+	const struct space *space = request->space;
+	const struct context *context = context_find(space->tenant, space->arena, request->sqe.find.key);
+
+	if (context && context->part.context->state == META_CONTEXT_SEALED) {
+		report(request, context);
+		request->cqe.value[3] = context->attached;
+	}
+	request_finish(request);
+}
