@@ -135,7 +135,7 @@ static void fail(struct request *request, int status)
 
 static void child_published(struct request *request)
 {
-	struct sequence *parent = request->sequence, *child = request->child;
+	struct sequence *child = request->sequence, *parent = request->child;
 	struct list waiting, *node;
 
 	request->child = NULL;

@@ -362,6 +362,51 @@ int fixture_query(struct fixture *fixture, uint64_t handle)
 	return fixture_call(fixture, &sqe);
 }
 
+struct call *fixture_start_publish(struct fixture *fixture, uint64_t handle, uint32_t key)
+{
+	struct kvg_sqe sqe = entry(fixture, KVG_OP_PUBLISH, handle);
+
+	memcpy(sqe.publish.key + 7, &key, sizeof(key));
+	return fixture_start(fixture, &sqe);
+}
+
+int fixture_publish(struct fixture *fixture, uint64_t handle, uint32_t key)
+{
+	struct kvg_sqe sqe = entry(fixture, KVG_OP_PUBLISH, handle);
+
+	memcpy(sqe.publish.key + 7, &key, sizeof(key));
+	return fixture_call(fixture, &sqe);
+}
+
+uint64_t fixture_find(struct fixture *fixture, uint32_t key)
+{
+	struct kvg_sqe sqe = {.op = KVG_OP_FIND};
+
+	memcpy(sqe.find.key + 7, &key, sizeof(key));
+	assert_int_equal(fixture_call(fixture, &sqe), 0);
+	return fixture->cqe.value[0];
+}
+
+int fixture_attach(struct fixture *fixture, uint64_t context, const struct kvg_policy *policy, uint64_t *ret_handle)
+{
+	struct kvg_sqe sqe = {.op = KVG_OP_ATTACH, .seq = context, .attach = *policy};
+	int r = fixture_call(fixture, &sqe);
+
+	if (r >= 0)
+		*ret_handle = fixture->cqe.seq;
+	return r;
+}
+
+int fixture_fork(struct fixture *fixture, uint64_t handle, uint64_t *ret_handle)
+{
+	struct kvg_sqe sqe = entry(fixture, KVG_OP_FORK, handle);
+	int r = fixture_call(fixture, &sqe);
+
+	if (r >= 0)
+		*ret_handle = fixture->cqe.value[1];
+	return r;
+}
+
 int fixture_stage(struct fixture *fixture, uint64_t handle, uint32_t pos, uint32_t rows, const float *scores)
 {
 	const struct kvg_group *group = &fixture->layout.groups[0];

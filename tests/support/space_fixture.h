@@ -94,6 +94,15 @@ int fixture_evict(struct fixture *fixture, uint64_t handle, uint32_t mode);
 int fixture_release(struct fixture *fixture, uint64_t handle);
 int fixture_query(struct fixture *fixture, uint64_t handle);
 
+/* Contexts. key: one number stands for it. FIND returns the context, 0 for none. */
+int fixture_publish(struct fixture *fixture, uint64_t handle, uint32_t key);
+uint64_t fixture_find(struct fixture *fixture, uint32_t key);
+int fixture_attach(struct fixture *fixture, uint64_t context, const struct kvg_policy *policy, uint64_t *ret_handle);
+int fixture_fork(struct fixture *fixture, uint64_t handle, uint64_t *ret_handle);
+
+/* A PUBLISH that is not waited for. */
+struct call *fixture_start_publish(struct fixture *fixture, uint64_t handle, uint32_t key);
+
 /* Stages rows of scores [layers][rows][heads] for all layers; a copy goes to the staging area. */
 int fixture_stage(struct fixture *fixture, uint64_t handle, uint32_t pos, uint32_t rows, const float *scores);
 

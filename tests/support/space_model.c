@@ -14,7 +14,7 @@ static size_t at(const struct model *model, uint32_t row, uint32_t pos)
 	return (size_t)row * model->max_tokens + pos;
 }
 
-struct model *model_new(struct fixture *fixture, const struct kvg_policy *policy, enum score_pattern pattern)
+static struct model *blank(struct fixture *fixture, const struct kvg_policy *policy, enum score_pattern pattern)
 {
 	struct model *model = calloc(1, sizeof(*model));
 
@@ -27,14 +27,71 @@ struct model *model_new(struct fixture *fixture, const struct kvg_policy *policy
 	model->random.state = 88172645463325252u + pattern;
 	model->scores = calloc((size_t)model->rows * model->max_tokens, sizeof(float));
 	model->held = calloc((size_t)model->rows * model->max_tokens, sizeof(bool));
-	assert_true(model->scores && model->held);
+	model->shared = calloc(model->rows, sizeof(uint32_t));
+	assert_true(model->scores && model->held && model->shared);
+	return model;
+}
+
+struct model *model_new(struct fixture *fixture, const struct kvg_policy *policy, enum score_pattern pattern)
+{
+	struct model *model = blank(fixture, policy, pattern);
+
 	if (fixture_create(fixture, policy, &model->handle) < 0)
 		fail_msg("%s", fixture->text);
 	return model;
 }
 
+struct kvg_policy model_frozen(const struct kvg_policy *policy, uint32_t tokens)
+{
+	uint32_t total = policy->prefix_tokens + policy->context_tokens, end = total + policy->max_new_tokens;
+	struct kvg_policy frozen = *policy;
+
+	if (tokens <= policy->prefix_tokens)
+		return frozen;
+	frozen.prefix_tokens = tokens;
+	frozen.context_tokens = total > tokens ? total - tokens : 0;
+	if (total < tokens)
+		frozen.max_new_tokens = end > tokens ? end - tokens : 0;
+	return frozen;
+}
+
+/* Pairs of a row in full blocks. */
+static uint32_t full_pairs(const struct model *model, uint32_t row)
+{
+	uint32_t pairs = 0;
+
+	for (uint32_t pos = 0; pos < model->committed; pos++)
+		pairs += model->held[at(model, row, pos)];
+	return pairs / KVG_BLOCK_TOKENS * KVG_BLOCK_TOKENS;
+}
+
+void model_seal(struct model *model)
+{
+	model->policy = model_frozen(&model->policy, model->committed);
+	model->sealed = model->fold = model->committed;
+	model->prune_start = 0;
+	for (uint32_t row = 0; row < model->rows; row++)
+		model->shared[row] = full_pairs(model, row);
+}
+
+struct model *model_attached(
+	struct fixture *fixture, const struct model *from, const struct kvg_policy *policy, uint64_t handle)
+{
+	struct model *model = blank(fixture, policy, from->pattern);
+	size_t size = (size_t)from->rows * from->max_tokens;
+
+	assert_int_equal(model->max_tokens, from->max_tokens);
+	model->handle = handle;
+	model->committed = from->committed;
+	memcpy(model->held, from->held, size * sizeof(bool));
+	memcpy(model->scores, from->scores, size * sizeof(float));
+	model_seal(model);
+	return model;
+}
+
 void model_free(struct model *model)
 {
+	free(model->shared);
 	free(model->scores);
 	free(model->held);
 	free(model);
@@ -116,7 +173,10 @@ static void check_pair(const struct model *model, uint32_t row, uint32_t index, 
 		fail_msg("row %u holds position %u, which must be gone", row, pos);
 	if (seen[pos]++)
 		fail_msg("row %u holds position %u twice", row, pos);
-	if (index < base_len(model, row)) {
+	if (pos < model->sealed) {
+		assert_true(index < base_len(model, row));
+		assert_true(index < model->shared[row] || (uint32_t)pair.meta->pos < model->policy.prefix_tokens);
+	} else if (index < base_len(model, row)) {
 		assert_int_equal(pair.meta->pos, pos);
 		if (pos >= model->policy.prefix_tokens)
 			assert_memory_equal(&pair.meta->score, &model->scores[at(model, row, pos)], sizeof(float));
@@ -394,12 +454,25 @@ static uint64_t apply(struct model *model, struct candidates *all)
 	return gone;
 }
 
+/* Copies of sealed pairs that do not fill a block: held by the sequence, and never gone. */
+static size_t tails(const struct model *model)
+{
+	size_t n = 0;
+
+	for (uint32_t row = 0; row < model->rows; row++) {
+		for (uint32_t pos = 0; pos < model->sealed; pos++)
+			n += model->held[at(model, row, pos)];
+		n -= model->shared[row];
+	}
+	return n;
+}
+
 static uint64_t predict_decode(struct model *model)
 {
 	uint32_t first = model->policy.decode_first ? model->policy.decode_first : 4;
 	uint32_t window = model->policy.decode_window ? model->policy.decode_window : 128;
-	size_t budget = (size_t)model->policy.budget * model->rows, n;
-	struct candidates all = collect(model, 0, model->committed, true);
+	size_t budget = (size_t)model->policy.budget * model->rows, fixed = tails(model), n;
+	struct candidates all = collect(model, model->sealed, model->committed, true);
 	struct candidate **list;
 
 	for (size_t i = 0; i < all.count; i++) {
@@ -412,9 +485,10 @@ static uint64_t predict_decode(struct model *model)
 	}
 	list = sorted(&all, 0, model->rows, &n);
 	for (size_t i = 0; i < n; i++)
-		list[i]->keep = n <= budget || list[i]->score >= list[budget - 1]->score || isinf(list[i]->score);
+		list[i]->keep = n + fixed <= budget || isinf(list[i]->score) ||
+				(budget > fixed && list[i]->score >= list[budget - fixed - 1]->score);
 	free(list);
-	if (n > budget)
+	if (n + fixed > budget)
 		model->prune_start = model->policy.context_tokens; /* no prefill eviction any more */
 	keep_floor(model, &all);
 	return apply(model, &all);

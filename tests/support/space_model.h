@@ -28,6 +28,8 @@ struct model {
 	uint64_t handle;
 	uint32_t rows, max_tokens;
 	uint32_t committed, fold, prune_start;
+	uint32_t sealed;  /* tokens that are a context's, of which nothing goes any more */
+	uint32_t *shared; /* [rows]: pairs of them in full blocks */
 	float *scores; /* [rows][max_tokens], as the daemon must take them */
 	bool *held;    /* [rows][max_tokens] */
 	uint32_t protect_begin, protect_end;
@@ -39,6 +41,16 @@ struct model {
 struct model *model_new(struct fixture *fixture, const struct kvg_policy *policy, enum score_pattern pattern);
 void model_free(struct model *model);    /* does not touch the sequence */
 void model_release(struct model *model); /* frees the sequence as well */
+
+/* The sequence was published or forked. */
+void model_seal(struct model *model);
+
+/* What a sequence holds that was attached to what `from` holds, or forked from it: policy says what it says now. */
+struct model *model_attached(
+	struct fixture *fixture, const struct model *from, const struct kvg_policy *policy, uint64_t handle);
+
+/* The policy of a sequence all of whose tokens were sealed, or that begins with as many of a context. */
+struct kvg_policy model_frozen(const struct kvg_policy *policy, uint32_t tokens);
 
 /* Reserves, writes, scores and commits `tokens` more. The status of the reserve, or 0. */
 int model_append(struct model *model, uint32_t tokens);
