@@ -208,6 +208,10 @@ static void ask_back(const struct list *extents)
 static void end_published(struct context *context)
 {
 	context->part.context->state = META_CONTEXT_ENDING;
+	if (!context->blocks.extent_count) {
+		context_free(context);
+		return;
+	}
 	if (!context->mapped) {
 		destroy(context);
 		return;
@@ -244,14 +248,34 @@ struct context *context_ref(struct context *context)
 	return context;
 }
 
-void context_unref(struct context *context)
+static void left(struct context *context)
 {
-	if (!context || --context->part.context->refs)
+	if (context->part.context->refs || context->holds)
 		return;
 	if (!context_is_published(context))
 		end_anonymous(context);
 	else if (context->forgotten)
 		end_published(context);
+}
+
+void context_unref(struct context *context)
+{
+	if (!context)
+		return;
+	context->part.context->refs--;
+	left(context);
+}
+
+struct context *context_hold(struct context *context)
+{
+	context->holds++;
+	return context;
+}
+
+void context_let_go(struct context *context)
+{
+	context->holds--;
+	left(context);
 }
 
 void context_wake(struct context *context)
@@ -293,8 +317,7 @@ void context_forget(struct context *context)
 	if (context->forgotten)
 		return;
 	unlist(context);
-	if (!context->part.context->refs)
-		end_published(context);
+	left(context);
 }
 
 void context_forget_all(struct tenant *tenant)

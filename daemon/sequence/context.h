@@ -42,6 +42,7 @@ struct context {
 	uint64_t chain_blocks;     /* of the whole chain, the last tails with them */
 	struct space *space;       /* anonymous: in whose extents its blocks lie */
 	struct block_space blocks; /* published: its own extents */
+	uint32_t holds;            /* requests that work on it */
 	uint32_t attached;         /* published: sequences, those behind anonymous contexts with them */
 	uint32_t mapped;           /* workers that have mapped its extents or have not said that they unmapped them */
 	bool forgotten;            /* nobody finds it any more */
@@ -85,6 +86,10 @@ struct context *context_find(const struct tenant *tenant, const struct arena *ar
 struct context *context_find_id(const struct tenant *tenant, uint64_t id);
 
 struct context *context_ref(struct context *context);
+
+/* The same for as long as a request needs it: no reference of the metadata's. */
+struct context *context_hold(struct context *context);
+void context_let_go(struct context *context);
 
 /* The last one ends an anonymous context, and a published one that is forgotten. NULL is fine. */
 void context_unref(struct context *context);

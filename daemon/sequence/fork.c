@@ -207,8 +207,7 @@ static int seal(struct sequence *parent, uint64_t blocks)
 	r = context_adopt(parent, context, false);
 	if (r < 0) {
 		context->part.context->ids = 0; /* they are the parent's */
-		(void)context_ref(context);
-		context_unref(context);
+		context_let_go(context_hold(context));
 	}
 	return r;
 }

@@ -69,12 +69,12 @@ static void existing_sealed(struct job *job)
 
 	request->context = NULL;
 	if (space_job_ended(request->space)) {
-		context_unref(context);
+		context_let_go(context);
 		return;
 	}
 	if (!space_job_lost(request))
 		adopted(request, context, true);
-	context_unref(context);
+	context_let_go(context);
 }
 
 static void join_existing(struct request *request, struct context *context)
@@ -95,7 +95,7 @@ static void join_existing(struct request *request, struct context *context)
 		return;
 	}
 	list_own_tails(sequence, &request->copy, 0);
-	request->context = context_ref(context);
+	request->context = context_hold(context);
 	compute_submit(request, request->space->compute->copy, existing_sealed);
 }
 
@@ -143,10 +143,10 @@ static void copied(struct job *job)
 	}
 	request->context = NULL;
 	context_seal(context);
-	(void)context_ref(context);
+	(void)context_hold(context);
 	adopted(request, context, false);
 	context_wake(context);
-	context_unref(context);
+	context_let_go(context);
 }
 
 /* Blocks of a row that lie in anonymous contexts, oldest first. */
