@@ -1,6 +1,7 @@
 /* Sequences that begin with a context, and which workers map it. */
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -248,7 +249,8 @@ static void step(struct request *request)
 			return;
 	}
 	if (missing && blocks_free_anywhere(&space->blocks) < count + space->evict_reserve) {
-		fail_tails(request, request->grow_status);
+		if (request->grow_status != -ENOSPC || !space_wait_memory(request, request->lack, step))
+			fail_tails(request, request->grow_status);
 		return;
 	}
 	if (missing)
@@ -256,7 +258,7 @@ static void step(struct request *request)
 	else
 		blocks_take(&space->blocks, &child->owner, META_HELD, count, 0, request->copy.dst);
 	child->meta->blocks = child->tails = (uint32_t)count;
-	request->after(request);
+	request->tails_taken(request);
 }
 
 void context_take_tails(struct request *request)
@@ -361,33 +363,64 @@ static int new_child(struct request *request, struct context *context, const str
 	return 0;
 }
 
+/* The context is held as long as the request waits for memory, lest it goes itself. */
+static void let_go(struct request *request)
+{
+	struct context *context = request->context;
+
+	request->context = NULL;
+	if (context)
+		context_let_go(context);
+}
+
 static void begin_attach(struct request *request, struct context *context, const struct kvg_policy *policy)
 {
 	struct space *space = request->space;
 	uint64_t blocks = context->tails + admission_blocks(&request->sqe.attach, space->rows, 0, 0);
-	int r = promise_admit(space, blocks, "the sequence", request->text);
+	int r;
 
+	if (!request->context)
+		request->context = context_hold(context);
+	r = promise_admit(space, blocks, "the sequence", request->text);
+	if (r == -ENOSPC && space_wait_memory(request, promise_bytes(space, blocks), op_attach))
+		return;
 	if (r < 0) {
+		let_go(request);
 		request->cqe.status = r;
 		request_finish(request);
 		return;
 	}
 	r = new_child(request, context, policy, blocks);
+	let_go(request);
 	if (r < 0) {
 		promise_settle(space);
 		request_fail(request, r, "attach: %s", strerror(-r));
 		return;
 	}
-	request->after = tails_taken;
+	request->tails_taken = tails_taken;
 	context_take_tails(request);
+}
+
+static int check(struct request *request, const struct context *context, struct kvg_policy *policy)
+{
+	const struct space *space = request->space;
+	const uint32_t tokens = context->part.context->tokens;
+
+	if (!__builtin_add_overflow(policy->prefix_tokens, tokens, &policy->prefix_tokens))
+		return admission_check(
+			policy, space->part.worker->layout.max_tokens, request->text, sizeof(request->text));
+	(void)snprintf(request->text, sizeof(request->text), "attach: prefix_tokens %u behind the context's %u",
+		request->sqe.attach.prefix_tokens, tokens);
+	return -EINVAL;
 }
 
 void op_attach(struct request *request)
 {
 	struct space *space = request->space;
-	struct context *context = context_find_id(space->tenant, request->sqe.seq);
+	struct context *context =
+		request->context ? request->context : context_find_id(space->tenant, request->sqe.seq);
 	struct kvg_policy policy = request->sqe.attach;
-	uint32_t max_tokens = space->part.worker->layout.max_tokens;
+	int r;
 
 	if (!context || context->arena != space->arena) {
 		request_fail(request, -ENOENT, "attach: there is no context %" PRIu64, request->sqe.seq);
@@ -397,17 +430,19 @@ void op_attach(struct request *request)
 		request_fail(request, -EOPNOTSUPP, "attach: this kind has no contexts");
 		return;
 	}
-	if (__builtin_add_overflow(policy.prefix_tokens, context->part.context->tokens, &policy.prefix_tokens)) {
-		request_fail(request, -EINVAL, "attach: prefix_tokens %u behind the context's %u",
-			request->sqe.attach.prefix_tokens, context->part.context->tokens);
+	r = check(request, context, &policy);
+	if (r >= 0 && !space->free_count) {
+		(void)snprintf(request->text, sizeof(request->text),
+			"attach: all %u sequences of the layout are in use", space->part.worker->max_sequences);
+		r = -EUSERS;
+	}
+	if (r >= 0)
+		r = tenant_check_sequences(space->tenant, 1, request->text, sizeof(request->text));
+	if (r >= 0) {
+		begin_attach(request, context, &policy);
 		return;
 	}
-	request->cqe.status = admission_check(&policy, max_tokens, request->text, sizeof(request->text));
-	if (request->cqe.status < 0)
-		request_finish(request);
-	else if (!space->free_count)
-		request_fail(request, -EUSERS, "attach: all %u sequences of the layout are in use",
-			space->part.worker->max_sequences);
-	else
-		begin_attach(request, context, &policy);
+	let_go(request);
+	request->cqe.status = r;
+	request_finish(request);
 }

@@ -66,6 +66,7 @@ int context_new(struct space *space, struct context *parent, const uint8_t *key,
 		free(context);
 		return r;
 	}
+	list_init(&context->offer.node);
 	list_init(&context->mappings);
 	list_init(&context->waiting);
 	context->tenant = space->tenant;
@@ -164,6 +165,8 @@ static void destroyed(struct extent_batch *batch)
 	while (!list_empty(&batch->extents))
 		extent_release(batch->pool, list_entry(batch->extents.next, struct extent, node), 0);
 	(void)extent_batch_free(batch);
+	if (context->reclaimed)
+		reclaim_progress(context->tenant, context->offer.bytes);
 	context_free(context);
 	if (ender)
 		space_unmapped_part(ender);
@@ -244,18 +247,36 @@ static void end_anonymous(struct context *context)
 
 struct context *context_ref(struct context *context)
 {
+	reclaim_withdraw(&context->offer);
 	context->part.context->refs++;
 	return context;
 }
 
+/* Somebody needs its memory. */
+static int begin_reclaim(struct reclaimable *offer)
+{
+	struct context *context = list_entry(offer, struct context, offer);
+
+	reclaim_withdraw(offer);
+	context->reclaimed = true;
+	context_forget(context);
+	return 0;
+}
+
+/* Whether anybody uses it still. */
 static void left(struct context *context)
 {
 	if (context->part.context->refs || context->holds)
 		return;
-	if (!context_is_published(context))
+	if (!context_is_published(context)) {
 		end_anonymous(context);
-	else if (context->forgotten)
+	} else if (context->forgotten) {
 		end_published(context);
+	} else if (list_empty(&context->offer.node)) {
+		context->offer.bytes = context_bytes(context);
+		context->offer.begin = begin_reclaim;
+		reclaim_offer(context->tenant, RECLAIM_CONTEXT, &context->offer);
+	}
 }
 
 void context_unref(struct context *context)
@@ -268,6 +289,7 @@ void context_unref(struct context *context)
 
 struct context *context_hold(struct context *context)
 {
+	reclaim_withdraw(&context->offer);
 	context->holds++;
 	return context;
 }
@@ -288,7 +310,7 @@ void context_wake(struct context *context)
 	while ((node = list_pop(&waiting))) {
 		struct request *request = list_entry(node, struct request, node);
 
-		list_remove(&request->wait);
+		list_remove(&request->context_wait);
 		op_publish(request);
 	}
 }
@@ -316,8 +338,20 @@ void context_forget(struct context *context)
 {
 	if (context->forgotten)
 		return;
+	reclaim_withdraw(&context->offer);
 	unlist(context);
 	left(context);
+}
+
+void context_request_ended(struct request *request)
+{
+	struct context *context = request->context;
+
+	request->context = NULL;
+	if (context && context->part.context->state == META_CONTEXT_COPYING)
+		context_abort(context);
+	else if (context)
+		context_let_go(context);
 }
 
 void context_forget_all(struct tenant *tenant)

@@ -9,9 +9,10 @@
  * Only full blocks are shared. Pairs behind them, fewer than a block in each row, are the tails: every sequence has a
  * copy in its own first block. Nothing of a context is ever evicted, for its tokens count as the sequence's prefix.
  *
- * References are sequences and contexts that go on from it. A published context without any stays until it is
- * forgotten (context_forget()); it ends when no worker maps its extents any more. A worker maps them with its first
- * sequence that is attached, and then until the context ends or the worker does.
+ * References are sequences and contexts that go on from it. A published context without any is on offer to whoever
+ * needs device memory (tenant/reclaim.h), and stays until it is forgotten; it ends when no worker maps its extents any
+ * more. A worker maps them with its first sequence that is attached, and then until the context ends or the worker
+ * does.
  *
  * All of it is the reactor's, but for copies (compute.h).
  */
@@ -49,6 +50,8 @@ struct context {
 	struct list mappings;      /* in use */
 	struct list waiting;       /* COPYING: requests that wait for it */
 	struct request *ender;     /* UNMAPPED that waits for its end */
+	struct reclaimable offer;  /* published, and in nobody's use */
+	bool reclaimed;            /* forgotten for the sake of its memory */
 };
 
 /* One worker's mapping of a published context's extents. */
@@ -90,6 +93,9 @@ struct context *context_ref(struct context *context);
 /* The same for as long as a request needs it: no reference of the metadata's. */
 struct context *context_hold(struct context *context);
 void context_let_go(struct context *context);
+
+/* The request is freed, and was never completed: what it made or held goes. */
+void context_request_ended(struct request *request);
 
 /* The last one ends an anonymous context, and a published one that is forgotten. NULL is fine. */
 void context_unref(struct context *context);
@@ -166,8 +172,8 @@ void block_copy_deinit(struct block_copy *copy);
 int block_copy_init(struct block_copy *copy, uint64_t count, uint64_t places);
 
 /*
- * Takes `tails` blocks of its own for request->child, creating extents where that is needed; then calls then(request)
- * with copy.dst filled, or failed(request) with cqe.status set.
+ * Takes `tails` blocks of its own for request->child, creating extents where that is needed; then calls
+ * request->tails_taken(request) with copy.dst filled, or fails the request and drops the child.
  */
 void context_take_tails(struct request *request);
 

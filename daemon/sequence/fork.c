@@ -318,7 +318,11 @@ void op_fork(struct request *request)
 	}
 	context_freeze_policy(&policy, parent->meta->committed_pos);
 	blocks = child_need(parent, &policy, own.tails);
-	r = promise_admit(space, blocks, "the fork", request->text);
+	r = tenant_check_sequences(space->tenant, 1, request->text, sizeof(request->text));
+	if (r >= 0)
+		r = promise_admit(space, blocks, "the fork", request->text);
+	if (r == -ENOSPC && space_wait_memory(request, promise_bytes(space, blocks), op_fork))
+		return;
 	if (r < 0) {
 		request->cqe.status = r;
 		request_finish(request);
@@ -336,6 +340,6 @@ void op_fork(struct request *request)
 		return;
 	}
 	request->copy.count = own.tails;
-	request->after = tails_taken;
+	request->tails_taken = tails_taken;
 	context_take_tails(request);
 }

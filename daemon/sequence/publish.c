@@ -236,6 +236,7 @@ static int grow(struct request *request, uint32_t extents)
 
 	if (r < 0)
 		return r;
+	reclaim_check(space->tenant);
 	batch = extent_batch_new(space->pool, created, request);
 	r = batch ? extent_batch_add_new(batch, space->arena, quota, space->tenant->index, META_NO_WORKER, extents)
 		  : -ENOMEM;
@@ -251,6 +252,19 @@ static int grow(struct request *request, uint32_t extents)
 	space->jobs++;
 	extent_batch_create(batch);
 	return 0;
+}
+
+static void grow_or_wait(struct request *request)
+{
+	const struct arena *arena = request->space->arena;
+	uint32_t each = arena->blocks_per_extent;
+	uint32_t extents = (request->copy.count - request->copy.places / 2 + each - 1) / each;
+	int r = grow(request, extents);
+
+	if (r == -ENOSPC && space_wait_memory(request, extents * (uint64_t)arena->extent_size, grow_or_wait))
+		return;
+	if (r < 0)
+		give_up(request, r);
 }
 
 struct size {
@@ -277,7 +291,6 @@ static void make(struct request *request)
 	struct sequence *sequence = request->sequence;
 	struct context *parent = context_published(sequence->context);
 	struct size size = measure(sequence, parent);
-	uint32_t each = request->space->arena->blocks_per_extent;
 	int r = context_new(request->space, parent, request->sqe.publish.key, sequence->meta->committed_pos, size.full,
 		&request->context);
 
@@ -286,17 +299,17 @@ static void make(struct request *request)
 		return;
 	}
 	r = block_copy_init(&request->copy, size.full + 2 * (uint64_t)size.tails, 2 * (uint64_t)size.tails);
-	if (r >= 0)
-		r = grow(request, (uint32_t)((size.full + size.tails + each - 1) / each));
 	if (r < 0)
 		give_up(request, r);
+	else
+		grow_or_wait(request);
 }
 
 static void wait_for(struct request *request, struct context *context)
 {
 	list_add_tail(&context->waiting, &request->node);
-	list_init(&request->wait);
-	list_add_tail(&request->space->context_waits, &request->wait);
+	list_init(&request->context_wait);
+	list_add_tail(&request->space->context_waits, &request->context_wait);
 }
 
 void op_publish(struct request *request)

@@ -332,6 +332,7 @@ void request_deinit(struct request *request)
 {
 	request->evict = evict_free(request->evict);
 	block_copy_deinit(&request->copy);
+	context_request_ended(request);
 }
 
 void request_fail(struct request *request, int status, const char *format, ...)
@@ -633,6 +634,8 @@ static void memory_again(struct memory_wait *wait)
 {
 	struct request *request = list_entry(wait, struct request, wait);
 
+	if (atomic_load_explicit(&request->space->dying, memory_order_relaxed))
+		context_request_ended(request);
 	if (space_job_ended(request->space))
 		return;
 	request->grow_status = 0;

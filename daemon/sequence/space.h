@@ -85,14 +85,15 @@ struct request {
 	uint32_t layer, row;           /* STAGE: the next to score */
 	struct import *buffer, *event; /* imports that the entry uses */
 	struct evict *evict;
-	struct context *context; /* PUBLISH: that is being made */
+	struct context *context; /* PUBLISH: that is being made or joined; ATTACH: a hold while it waits */
 	struct sequence *child;  /* ATTACH, FORK: that is being made */
 	struct block_copy copy;
-	unsigned parts;          /* UNMAPPED: destructions under way */
-	int grow_status;         /* of the last space_try_grow() that went on the executor */
-	uint64_t lack;           /* bytes that it would have had to charge beyond its promise */
-	struct memory_wait wait; /* for memory that others give back */
-	uint32_t withheld;       /* RESERVE: extents without blocks that others count on */
+	void (*tails_taken)(struct request *); /* ATTACH, FORK: what comes after the child's blocks are there */
+	unsigned parts;                        /* UNMAPPED: destructions under way */
+	int grow_status;                       /* of the last space_try_grow() that went on the executor */
+	uint64_t lack;                         /* bytes that it would have had to charge beyond its promise */
+	struct memory_wait wait;               /* for memory that others give back */
+	uint32_t withheld;                     /* RESERVE: extents without blocks that others count on */
 };
 
 /* What a space tells its session; given at creation, called on the reactor. */
