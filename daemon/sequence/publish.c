@@ -7,6 +7,8 @@
 
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/context.h"
+#include "daemon/sequence/keep.h"
+#include "daemon/sequence/promise.h"
 
 static void report(struct request *request, const struct context *context)
 {
@@ -17,6 +19,96 @@ static void report(struct request *request, const struct context *context)
 
 /* ---- the sequence goes on behind the context ---- */
 
+static void published(struct request *request)
+{
+	space_return_spare(request->space);
+	request->publish = (struct publish){.held = true, .lengths = true, .shared = true};
+	compute_publish(request, request_finish);
+}
+
+/* Rows take the copies of their tails. */
+static void put_tails(struct sequence *sequence, const uint32_t *ids)
+{
+	struct space *space = sequence->space;
+
+	for (uint32_t row = 0; row < space->rows; row++) {
+		struct meta_row *meta = &meta_rows(&space->part, sequence->slot)[row];
+		uint32_t *held = meta_held(&space->part, sequence->slot, row);
+
+		if (!meta->held_blocks)
+			continue;
+		meta->pending = 0;
+		blocks_give(&space->blocks, held[0]);
+		held[0] = *ids++;
+		*sequence_table_row(sequence, row) = held[0];
+	}
+	sequence->meta->blocks = sequence->tails;
+	promise_update(sequence);
+	keep_update(sequence);
+}
+
+static void tails_moved(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (space_job_ended(request->space) || space_job_lost(request))
+		return;
+	if (request->copy.done < request->copy.count) {
+		compute_submit(request, request->space->compute->copy, tails_moved);
+		return;
+	}
+	put_tails(request->sequence, request->copy.dst);
+	block_copy_deinit(&request->copy);
+	published(request);
+}
+
+/* Whether the tails keep extents that could go back if they were in others. */
+static bool tails_are_scattered(const struct sequence *sequence)
+{
+	const struct space *space = sequence->space;
+	const struct extent *first = NULL;
+
+	for (uint32_t row = 0; row < space->rows; row++) {
+		const struct extent *extent;
+
+		if (!meta_rows(&space->part, sequence->slot)[row].held_blocks)
+			continue;
+		extent = blocks_extent(&space->blocks, *meta_held(&space->part, sequence->slot, row));
+		if (first && extent != first)
+			return true;
+		first = extent;
+	}
+	return false;
+}
+
+/* The full blocks have gone, and with them whole extents, but for tails between them: these move together. */
+static void gather_tails(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+	struct space *space = request->space;
+	struct block_copy *copy = &request->copy;
+	uint32_t n = 0, others = space->blocks.spare_count - keep_usable(sequence);
+
+	if (!tails_are_scattered(sequence) ||
+		blocks_missing(&space->blocks, &sequence->owner, META_HELD, sequence->tails, 0, others) ||
+		block_copy_init(copy, sequence->tails, sequence->tails) < 0) {
+		published(request);
+		return;
+	}
+	blocks_take(&space->blocks, &sequence->owner, META_HELD, sequence->tails, 0, copy->dst);
+	sequence->meta->blocks += sequence->tails;
+	for (uint32_t row = 0; row < space->rows; row++) {
+		uint32_t *held = meta_held(&space->part, sequence->slot, row);
+
+		if (!meta_rows(&space->part, sequence->slot)[row].held_blocks)
+			continue;
+		meta_rows(&space->part, sequence->slot)[row].pending = 1;
+		copy->src[n] = held[0];
+		held[1] = copy->dst[n++];
+	}
+	compute_submit(request, space->compute->copy, tails_moved);
+}
+
 static void adopted(struct request *request, struct context *context, bool existed)
 {
 	int r = context_adopt(request->sequence, context, true);
@@ -26,11 +118,9 @@ static void adopted(struct request *request, struct context *context, bool exist
 		request_fail(request, r, "publish: out of memory");
 		return;
 	}
-	space_return_spare(request->space);
 	report(request, context);
 	request->cqe.value[3] = existed;
-	request->publish = (struct publish){.held = true, .lengths = true, .shared = true};
-	compute_publish(request, request_finish);
+	gather_tails(request);
 }
 
 /* Its own tails stay: they count as prefix from now on. Lists them from entry `n` of the copies on. */

@@ -131,12 +131,11 @@ struct kvg_client *kv_connect(const char *socket, const char *name, const struct
 	return client;
 }
 
-int kv_create(struct kv *kv, struct kvg_client *client, const struct kvg_layout *layout,
+static int allocate(struct kv *kv, struct kvg_client *client, const struct kvg_layout *layout,
 	const struct kvg_policy *policy, uint32_t seed)
 {
 	const struct kvg_group *g = &layout->groups[0];
 	uint32_t capacity = layout->max_tokens;
-	int r;
 
 	*kv = (struct kv){.client = client,
 		.layout = layout,
@@ -144,16 +143,42 @@ int kv_create(struct kv *kv, struct kvg_client *client, const struct kvg_layout 
 		.seed = seed,
 		.start = policy->prefix_tokens,
 		.capacity = capacity};
-	r = kvg_create(client, policy, &kv->id);
-	if (r < 0)
-		return r;
 	kv->tag = calloc(capacity, 1);
 	kv->kept = calloc(capacity, 1);
 	kv->held = calloc((size_t)capacity * g->layers, g->head_count);
 	if (kv->tag && kv->kept && kv->held)
 		return 0;
-	(void)kv_free(kv);
+	kv_forget(kv);
 	return -ENOMEM;
+}
+
+int kv_create(struct kv *kv, struct kvg_client *client, const struct kvg_layout *layout,
+	const struct kvg_policy *policy, uint32_t seed)
+{
+	int r = allocate(kv, client, layout, policy, seed);
+
+	if (r == 0)
+		r = kvg_create(client, policy, &kv->id);
+	if (r < 0)
+		kv_forget(kv);
+	return r;
+}
+
+int kv_attached(
+	struct kv *kv, struct kvg_client *client, const struct kv *from, const struct kvg_policy *policy, uint64_t id)
+{
+	const struct kvg_group *g = &from->layout->groups[0];
+	int r = allocate(kv, client, from->layout, policy, from->seed);
+
+	if (r < 0)
+		return r;
+	kv->id = id;
+	kv->policy.prefix_tokens += from->pos;
+	kv->pos = kv->fold = from->pos;
+	kv->start = kv->policy.prefix_tokens;
+	memcpy(kv->tag, from->tag, from->capacity);
+	memcpy(kv->held, from->held, (size_t)from->capacity * g->layers * g->head_count);
+	return 0;
 }
 
 void kv_forget(struct kv *kv)

@@ -54,6 +54,13 @@ struct kvg_client *kv_connect(const char *socket, const char *name, const struct
 int kv_create(struct kv *kv, struct kvg_client *client, const struct kvg_layout *layout,
 	const struct kvg_policy *policy, uint32_t seed);
 
+/*
+ * The sequence `id` was attached to what `from` holds: it holds the same, and policy is its own behind those tokens. 0
+ * or -ENOMEM.
+ */
+int kv_attached(
+	struct kv *kv, struct kvg_client *client, const struct kv *from, const struct kvg_policy *policy, uint64_t id);
+
 /* Frees it in the daemon and here. */
 int kv_free(struct kv *kv);
 
