@@ -314,6 +314,15 @@ void meta_part_deinit(struct meta *meta, struct meta_part *part)
 	*part = (struct meta_part){0};
 }
 
+void meta_part_clear(const struct meta_part *part, uint32_t slot)
+{
+	const struct meta_worker *worker = part->worker;
+	uint64_t rows = (uint64_t)worker->layers * worker->heads;
+
+	memset(meta_rows(part, slot), 0, rows * sizeof(struct meta_row));
+	memset(part->scored + (size_t)slot * worker->layers, 0, worker->layers * sizeof(uint32_t));
+}
+
 void meta_part_forget(const struct meta *meta, const struct meta_part *part, uint32_t slot)
 {
 	const struct meta_worker *worker = part->worker;
@@ -322,8 +331,7 @@ void meta_part_forget(const struct meta *meta, const struct meta_part *part, uin
 
 	punch(meta, worker->held_offset + slot * held, worker->held_offset + (slot + 1) * held);
 	punch(meta, worker->runs_offset + slot * runs, worker->runs_offset + (slot + 1) * runs);
-	memset(meta_rows(part, slot), 0, rows * sizeof(struct meta_row));
-	memset(part->scored + (size_t)slot * worker->layers, 0, worker->layers * sizeof(uint32_t));
+	meta_part_clear(part, slot);
 }
 
 /* ---- contexts ---- */

@@ -280,7 +280,8 @@ void meta_part_deinit(struct meta *meta, struct meta_part *part);
 int meta_context_new(struct meta *meta, uint64_t id, uint32_t rows, uint32_t ids, struct meta_context_part *ret);
 void meta_context_deinit(struct meta *meta, struct meta_context_part *part);
 
-/* Gives back the memory of a freed sequence's rows. */
+/* Clears what must be zero for the next sequence in a slot; forget() gives back the memory of its rows as well. */
+void meta_part_clear(const struct meta_part *part, uint32_t slot);
 void meta_part_forget(const struct meta *meta, const struct meta_part *part, uint32_t slot);
 
 /* Bytes of memory that the metadata occupies. */

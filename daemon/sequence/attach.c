@@ -57,6 +57,8 @@ static struct mapping *map_context(struct space *space, struct context *context)
 	list_add_tail(&context->mappings, &mapping->node);
 	context->mapped++;
 	HASH_ADD_PTR(space->mappings, context, mapping);
+	if (space->most_tails < context->tails)
+		space->most_tails = context->tails;
 	return send_extents(space, context) < 0 ? NULL : mapping;
 }
 
@@ -77,6 +79,9 @@ static void drop_mapping(struct mapping *mapping)
 		mapping->event = space->dropped_event = space->ops->extents_dropped(space->user, slots, count);
 	}
 	list_add_tail(&space->unmapping, &mapping->node);
+	if (!space->mappings)
+		space->most_tails = 0;
+	space_return_spare(space);
 }
 
 void context_unmap(struct context *context)
@@ -323,11 +328,14 @@ static void fill_rows(struct request *request)
 
 static void tails_taken(struct request *request)
 {
-	fill_rows(request);
-	context_write_rows(request->child);
-	if (request->copy.count)
+	struct sequence *child = request->child;
+	bool copies = request->copy.count > 0;
+
+	if (copies) /* beside what follows */
 		compute_submit(request, request->space->compute->copy, copied);
-	else
+	fill_rows(request);
+	context_write_rows(child);
+	if (!copies)
 		attached(request);
 }
 

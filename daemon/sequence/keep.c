@@ -105,6 +105,13 @@ uint32_t keep_count(const struct space *space)
 	return (uint32_t)min_u64(min_u64(space->wanted, uncovered(space, space->rights)), UINT32_MAX);
 }
 
+uint32_t keep_for_tails(const struct space *space)
+{
+	uint64_t tails = space->mappings ? space->most_tails : 0;
+
+	return tails > space->blocks.shared.free_units[META_HELD] ? (uint32_t)extents_for(space, tails) : 0;
+}
+
 uint32_t keep_usable(const struct sequence *sequence)
 {
 	const struct space *space = sequence->space;

@@ -24,6 +24,12 @@ void keep_forget(struct sequence *sequence);
 uint32_t keep_count(const struct space *space);
 
 /*
+ * Extents without blocks that are kept besides, as long as memory is not asked for: one's worth of tails, in a worker
+ * that maps contexts, so that the next sequence that attaches need not wait for it.
+ */
+uint32_t keep_for_tails(const struct space *space);
+
+/*
  * Extents without blocks that the sequence may take: all but those that stand for the rights of others. What it has a
  * right to itself it may take in any case.
  */

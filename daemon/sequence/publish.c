@@ -81,7 +81,10 @@ static bool tails_are_scattered(const struct sequence *sequence)
 	return false;
 }
 
-/* The full blocks have gone, and with them whole extents, but for tails between them: these move together. */
+/*
+ * The full blocks have gone, and with them whole extents, but for tails between them: these move together, to where
+ * other sequences' tails may join them.
+ */
 static void gather_tails(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
@@ -90,12 +93,12 @@ static void gather_tails(struct request *request)
 	uint32_t n = 0, others = space->blocks.spare_count - keep_usable(sequence);
 
 	if (!tails_are_scattered(sequence) ||
-		blocks_missing(&space->blocks, &sequence->owner, META_HELD, sequence->tails, 0, others) ||
+		blocks_missing(&space->blocks, &space->blocks.shared, META_HELD, sequence->tails, 0, others) ||
 		block_copy_init(copy, sequence->tails, sequence->tails) < 0) {
 		published(request);
 		return;
 	}
-	blocks_take(&space->blocks, &sequence->owner, META_HELD, sequence->tails, 0, copy->dst);
+	blocks_take(&space->blocks, &space->blocks.shared, META_HELD, sequence->tails, 0, copy->dst);
 	sequence->meta->blocks += sequence->tails;
 	for (uint32_t row = 0; row < space->rows; row++) {
 		uint32_t *held = meta_held(&space->part, sequence->slot, row);

@@ -332,20 +332,42 @@ static void give_blocks(struct sequence *sequence)
 		blocks_give_runs(&space->blocks, meta_run(&space->part, sequence->slot, s), space->rows);
 }
 
+/*
+ * Rows of attached sequences are long, and the next one takes the same slot: the memory of the last one's is kept for
+ * it, and goes when another slot is freed.
+ */
+static void keep_warm(struct space *space, uint32_t slot)
+{
+	uint32_t before = space->warm_slot_plus_one - 1;
+
+	if (space->warm_slot_plus_one && before != slot && !space->sequences[before]) {
+		meta_part_forget(space->pool->meta, &space->part, before);
+		table_forget(&space->table, before);
+	}
+	meta_part_clear(&space->part, slot);
+	table_clear(&space->table, slot);
+	space->warm_slot_plus_one = slot + 1;
+}
+
 void sequence_drop(struct sequence *sequence)
 {
 	struct space *space = sequence->space;
 	uint32_t slot = sequence->slot;
 
-	if (sequence->meta->blocks || sequence->meta->evictions || sequence->context) {
+	bool attached = sequence->context;
+
+	if (sequence->meta->blocks)
 		give_blocks(sequence);
+	if (attached)
+		keep_warm(space, slot);
+	else if (sequence->meta->stripes || sequence->meta->evictions)
 		meta_part_forget(space->pool->meta, &space->part, slot);
-	}
 	context_leave(sequence);
 	block_owner_deinit(&space->blocks, &sequence->owner);
 	promise_forget(sequence);
 	keep_forget(sequence);
-	table_forget(&space->table, slot);
+	if (!attached)
+		table_forget(&space->table, slot);
 	memset(sequence->meta, 0, sizeof(*sequence->meta));
 	space->sequences[slot] = NULL;
 	space->free_slots[space->free_count++] = slot;

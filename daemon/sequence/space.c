@@ -698,7 +698,10 @@ void space_grow_ahead(struct space *space, uint32_t extents)
 
 void space_return_spare(struct space *space)
 {
-	uint32_t slots[1024], keep = (space->tenant->pressed ? 0 : keep_count(space)) + space->arrived;
+	uint32_t slots[1024], keep = space->arrived;
+
+	if (!space->tenant->pressed)
+		keep += keep_count(space) + keep_for_tails(space);
 
 	while (!space->evicting && space->blocks.spare_count > keep) {
 		uint32_t count = 0;
@@ -721,6 +724,28 @@ void space_return_spare(struct space *space)
 			list_add_tail(&space->dropped, node);
 		}
 	}
+}
+
+uint64_t space_unmapping(const struct space *space, uint32_t *ret_event)
+{
+	uint64_t bytes = 0;
+	uint32_t oldest = space->dropped_event;
+
+	for (const struct list *node = space->dropped.next; node != &space->dropped; node = node->next) {
+		const struct meta_extent *extent = list_entry(node, struct extent, node)->meta;
+
+		bytes += extent->bytes;
+		oldest = (int32_t)(extent->event - oldest) < 0 ? extent->event : oldest;
+	}
+	for (const struct list *node = space->unmapping.next; node != &space->unmapping; node = node->next) {
+		const struct mapping *mapping = list_entry(node, struct mapping, node);
+
+		bytes += context_bytes(mapping->context);
+		oldest = (int32_t)(mapping->event - oldest) < 0 ? mapping->event : oldest;
+	}
+	if (ret_event)
+		*ret_event = oldest;
+	return bytes;
 }
 
 uint32_t sequence_block(const struct sequence *sequence, uint32_t row, uint32_t index)

@@ -152,11 +152,13 @@ struct space {
 	bool growing;     /* extents are created ahead */
 	uint32_t arrived; /* extents of batches whose rest is still being created, for the requests that wait */
 	uint32_t epoch;
-	struct mapping *mappings;  /* of published contexts, see context.h */
-	struct list unmapping;     /* those that the worker was asked to unmap */
-	struct list context_waits; /* requests that wait for a context of another worker's */
-	unsigned waits;            /* requests that the executor asks about, see compute_wait() */
-	struct list wait_queue;    /* those that come after them */
+	uint32_t warm_slot_plus_one; /* a free slot whose rows' memory is there still, see sequence_drop() */
+	uint32_t most_tails;         /* of a context that it maps */
+	struct mapping *mappings;    /* of published contexts, see context.h */
+	struct list unmapping;       /* those that the worker was asked to unmap */
+	struct list context_waits;   /* requests that wait for a context of another worker's */
+	unsigned waits;              /* requests that the executor asks about, see compute_wait() */
+	struct list wait_queue;      /* those that come after them */
 	struct list evict_queue;
 	unsigned evicting;      /* evictions under way */
 	uint32_t evict_slots;   /* of them, by bit */
@@ -261,6 +263,10 @@ static inline uint32_t sequence_shared(const struct sequence *sequence, uint32_t
  * (not while an eviction may want them). Under pressure nothing is kept.
  */
 void space_return_spare(struct space *space);
+
+/* Bytes that the worker was asked to unmap and has not, contexts' with them; and the oldest event that asks for some.
+ */
+uint64_t space_unmapping(const struct space *space, uint32_t *ret_event);
 
 /* The block of the pair of index `index` of a row; indices count the row's own pairs. */
 uint32_t sequence_block(const struct sequence *sequence, uint32_t row, uint32_t index);

@@ -106,6 +106,15 @@ uint32_t *table_row(const struct table *table, uint32_t slot, uint32_t row)
 	return table->ids + row_index(table, slot, row) * table->header->row_cap;
 }
 
+void table_clear(const struct table *table, uint32_t slot)
+{
+	const struct kvg_table *header = table->header;
+
+	for (uint32_t layer = 0; layer < header->layers; layer++)
+		memset(table_base_len(table, slot, layer * header->heads), 0, header->heads * sizeof(uint32_t));
+	table->slots[slot] = (struct kvg_slot){0};
+}
+
 void table_forget(const struct table *table, uint32_t slot)
 {
 	const struct kvg_table *header = table->header;
@@ -119,9 +128,8 @@ void table_forget(const struct table *table, uint32_t slot)
 		if (begin < end)
 			(void)fallocate(table->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)begin,
 				(off_t)(end - begin));
-		memset(table_base_len(table, slot, layer * header->heads), 0, header->heads * sizeof(uint32_t));
 	}
-	table->slots[slot] = (struct kvg_slot){0};
+	table_clear(table, slot);
 }
 
 uint64_t table_physical(const struct table *table)

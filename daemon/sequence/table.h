@@ -27,7 +27,8 @@ void table_deinit(struct table *table);
 uint32_t *table_base_len(const struct table *table, uint32_t slot, uint32_t row);
 uint32_t *table_row(const struct table *table, uint32_t slot, uint32_t row);
 
-/* Clears a slot and gives the memory of its rows back. */
+/* Clears a slot; forget() gives the memory of its rows back as well. */
+void table_clear(const struct table *table, uint32_t slot);
 void table_forget(const struct table *table, uint32_t slot);
 
 /* Bytes of memory that the table occupies. */

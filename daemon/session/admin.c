@@ -260,8 +260,9 @@ static void fill_worker(Kvg__Worker *row, const struct worker *worker)
 	row->sequences = space->sequence_count;
 	row->blocks = space->blocks.used_blocks;
 	for (const struct list *node = space->dropped.next; node != &space->dropped; node = node->next)
-		row->unreturned += space->arena->extent_size;
-	row->charged = row->extents * (uint64_t)space->arena->extent_size + row->unreturned;
+		row->charged += space->arena->extent_size;
+	row->unreturned = space_unmapping(space, NULL);
+	row->charged += row->extents * (uint64_t)space->arena->extent_size;
 	if (space->arena->pairs_size)
 		row->overhead += row->extents * pairs_per_extent(space->arena);
 }

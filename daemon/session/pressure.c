@@ -12,16 +12,7 @@ static void set_number(const struct worker *worker, uint32_t number)
 
 static bool holds_back(const struct worker *worker)
 {
-	return worker->registered && !list_empty(&worker->space->dropped);
-}
-
-static uint64_t held_back(const struct worker *worker)
-{
-	uint64_t bytes = 0;
-
-	for (const struct list *node = worker->space->dropped.next; node != &worker->space->dropped; node = node->next)
-		bytes += list_entry(node, struct extent, node)->meta->bytes;
-	return bytes;
+	return worker->registered && space_unmapping(worker->space, NULL);
 }
 
 /* From now on the worker has pressure_ns for what events up to this one ask for. */
@@ -35,9 +26,9 @@ static void start_timer(struct worker *worker, uint32_t event)
 /* What it was asked for before the time began is still there, or only what came later. */
 static bool is_late(const struct worker *worker)
 {
-	const struct extent *oldest = list_entry(worker->space->dropped.next, struct extent, node);
+	uint32_t event;
 
-	return (int32_t)(oldest->meta->event - worker->asked_event) <= 0;
+	return space_unmapping(worker->space, &event) && (int32_t)(event - worker->asked_event) <= 0;
 }
 
 static void time_over(void *user)
@@ -54,7 +45,8 @@ static void time_over(void *user)
 	}
 	(void)snprintf(reason, sizeof(reason),
 		"memory is short: it was asked to unmap %s and has not within %llu ms (pressure_ms)",
-		kvg_size_format(held_back(worker), size), (unsigned long long)(worker->server->pressure_ns / 1000000));
+		kvg_size_format(space_unmapping(worker->space, NULL), size),
+		(unsigned long long)(worker->server->pressure_ns / 1000000));
 	worker_kill(worker, reason);
 }
 

@@ -19,7 +19,7 @@ struct server {
 	unsigned worker_count;
 	uint64_t next_worker;
 	uint64_t spin_ns;
-	uint64_t wait_ns; /* how long the daemon waits for what a worker's stream is to do first */
+	uint64_t wait_ns;     /* how long the daemon waits for what a worker's stream is to do first */
 	uint64_t pressure_ns; /* how long a worker may hold memory back that is asked for, and a request wait for it */
 	struct reclaim reclaim;
 	uint64_t started_ns;
