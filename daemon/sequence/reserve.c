@@ -51,6 +51,8 @@ void op_create(struct request *request)
 			space->part.worker->max_sequences);
 		return;
 	}
+	if (r >= 0)
+		r = tenant_check_sequences(space->tenant, 1, request->text, sizeof(request->text));
 	blocks = r < 0 ? 0 : admission_blocks(policy, space->rows, 0, 0);
 	if (r >= 0)
 		r = promise_admit(space, blocks, "the sequence", request->text);

@@ -63,6 +63,8 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 
 	if (r >= 0 && has_device(tenant->pool))
 		r = layout_check_device(layout, text, KVG_TEXT_SIZE);
+	if (r >= 0)
+		r = tenant_check_layout(tenant, layout, text, KVG_TEXT_SIZE);
 	if (r < 0)
 		return r;
 	space = calloc(1, sizeof(*space));
@@ -338,6 +340,13 @@ void request_fail(struct request *request, int status, const char *format, ...)
 	request_finish(request);
 }
 
+/* In its turn: its value of the sequence's timeline comes after those of the entries before it. */
+static void refuse(struct request *request)
+{
+	request->cqe.status = request->refused;
+	request_finish(request);
+}
+
 static struct sequence *find_sequence(const struct space *space, uint64_t handle)
 {
 	uint32_t slot = (uint32_t)handle;
@@ -424,6 +433,10 @@ static void run(struct request *request)
 	}
 	request->sequence = sequence;
 	sequence->busy = true;
+	if (request->refused) {
+		refuse(request);
+		return;
+	}
 	request->event = sqe->wait_event ? imports_find(&request->space->imports, sqe->wait_event, IMPORT_EVENT) : NULL;
 	if (request->event)
 		import_use(request->event);
@@ -460,7 +473,9 @@ void space_submit(struct space *space, struct request *request)
 		return;
 	}
 	if (sqe->op == KVG_OP_NOP || sqe->op == KVG_OP_CREATE || sqe->op == KVG_OP_UNMAPPED) {
-		if (sqe->op == KVG_OP_CREATE)
+		if (request->refused)
+			refuse(request);
+		else if (sqe->op == KVG_OP_CREATE)
 			op_create(request);
 		else if (sqe->op == KVG_OP_UNMAPPED)
 			op_unmapped(request);

@@ -72,6 +72,8 @@ struct request {
 	uint64_t lack;           /* bytes that it would have had to charge beyond its promise */
 	struct memory_wait wait; /* for memory that others give back */
 	uint32_t withheld;       /* RESERVE: extents without blocks that others count on */
+	uint64_t staged_rows;    /* STAGE: what the session counts against the tenant's limit */
+	int refused;             /* by the session, with text: fails with this when its turn comes; 0: it is not */
 };
 
 /* What a space tells its session; given at creation, called on the reactor. */

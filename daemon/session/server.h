@@ -5,6 +5,7 @@
 #ifndef KVG_SERVER_H
 #define KVG_SERVER_H
 
+#include "daemon/session/budgets.h"
 #include "daemon/tenant/reclaim.h"
 
 struct server {
@@ -13,13 +14,14 @@ struct server {
 	struct pool *pool;
 	struct tenant **tenants;
 	size_t tenant_count;
+	struct budgets *budgets; /* of the tenants, in the same order */
 	struct list workers;
 	struct list active; /* workers whose rings are polled; all others ring their doorbell */
 	struct list dead;   /* workers to take down in this round */
 	unsigned worker_count;
 	uint64_t next_worker;
 	uint64_t spin_ns;
-	uint64_t wait_ns; /* how long the daemon waits for what a worker's stream is to do first */
+	uint64_t wait_ns;     /* how long the daemon waits for what a worker's stream is to do first */
 	uint64_t pressure_ns; /* how long a worker may hold memory back that is asked for, and a request wait for it */
 	struct reclaim reclaim;
 	uint64_t started_ns;

@@ -1,6 +1,7 @@
 #include "tests/support/session_fixture.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -56,6 +57,7 @@ struct session *session_new(void)
 	struct server *server;
 
 	assert_non_null(session);
+	(void)snprintf(session->dir, sizeof(session->dir), "/tmp/kvgate-session-XXXXXX");
 	server = &session->server;
 	assert_int_equal(loop_new(&server->loop), 0);
 	assert_int_equal(executor_new(server->loop, &server->executor), 0);
@@ -72,10 +74,22 @@ struct session *session_new(void)
 		server->tenants[server->tenant_count]->socket = "/nowhere";
 	}
 	server->state_dir = "/state";
+	assert_non_null(mkdtemp(session->dir));
+	assert_int_equal(budgets_new(server->tenants, server->tenant_count, session->dir, &server->budgets), 0);
 	assert_int_equal(server_start(server), 0);
 	assert_int_equal(loop_poller_add(server->loop, &asker, session), 0);
 	admin_init(&session->admin, server);
 	return session;
+}
+
+/* Budgets that were set are all that may be in it. */
+static void remove_dir(const struct session *session)
+{
+	char path[80];
+
+	(void)snprintf(path, sizeof(path), "%s/budgets.conf", session->dir);
+	(void)unlink(path);
+	assert_int_equal(rmdir(session->dir), 0);
 }
 
 void session_free(struct session *session)
@@ -96,6 +110,8 @@ void session_free(struct session *session)
 	for (size_t i = 0; i < server->tenant_count; i++)
 		(void)tenant_free(server->tenants[i]);
 	free(server->tenants);
+	server->budgets = budgets_free(server->budgets);
+	remove_dir(session);
 	(void)loop_free(server->loop);
 	free(session);
 }

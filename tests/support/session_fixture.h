@@ -21,6 +21,7 @@ struct session {
 	struct server server;
 	struct kind *kind;
 	struct admin admin;
+	char dir[40]; /* where budgets are kept */
 	bool (*until)(struct session *session);
 	void *user;
 };

@@ -62,7 +62,11 @@ static int end(void **state)
 static pid_t start_with(const struct place *place, mode_t mode, struct kind *kind)
 {
 	char name[] = "a", socket_name[] = "a.sock";
-	struct config_tenant tenant = {.name = name, .socket = socket_name, .mode = mode, .device_max = 16 << 20};
+	struct config_tenant tenant = {.name = name,
+		.socket = socket_name,
+		.mode = mode,
+		.budgets = {{.max = 16 << 20}},
+		.limits = TENANT_LIMITS};
 	const struct config config = {.device_size = 64 << 20,
 		.extent_size = 256 << 10,
 		.spin_us = 50,
