@@ -19,6 +19,8 @@ struct walk {
 	const struct meta_tenant *tenants;
 	const struct meta_worker *workers;
 	const struct meta_extent *extents;
+	const struct meta_frame *frames;
+	uint8_t *seen_frames;            /* that objects refer to */
 	uint8_t *seen;                   /* bitmaps of blocks that rows refer to */
 	uint32_t *extent_of_slot;        /* of one worker at a time */
 	uint64_t *promised, *unreturned; /* by tenant */
@@ -110,6 +112,26 @@ static void see_block(struct walk *walk, uint32_t worker, uint32_t ids_per_exten
 	walk->audit->rows[walk->extents[index].tenant].blocks++;
 }
 
+/* A chain of frames, all of one tenant, which no other object refers to. `bytes` are what the object says it has. */
+static void see_chain(struct walk *walk, const char *object, uint32_t tenant, uint32_t first, uint64_t bytes)
+{
+	const struct meta_header *header = walk->header;
+	uint64_t count = 0;
+
+	for (uint32_t at = first; at; at = walk->frames[at - 1].next, count++) {
+		if (at > header->frame_count || walk->frames[at - 1].tenant != tenant + 1) {
+			differ(walk, "%s: frame %u of the host tier is not its tenant's", object, at - 1);
+			return;
+		}
+		if (walk->seen_frames[at - 1]) {
+			differ(walk, "%s: frame %u of the host tier is another object's, too", object, at - 1);
+			return;
+		}
+		walk->seen_frames[at - 1] = 1;
+	}
+	expect(walk, object, "bytes on the host", count * header->frame_size, bytes);
+}
+
 struct sequence_walk {
 	struct walk *walk;
 	uint32_t worker, slot, ids_per_extent;
@@ -135,6 +157,8 @@ static uint64_t see_row(const struct sequence_walk *at, uint32_t row, uint64_t *
 	uint32_t blocks = meta->held_blocks + meta->pending;
 
 	*pairs += meta->base_len;
+	if (at->seq.residency == META_OFFLOADED)
+		return 0;
 	if (blocks > worker->row_cap || meta->held_len > blocks * KVG_BLOCK_TOKENS ||
 		!read_part(at->walk, worker->held_offset + index * worker->row_cap * sizeof(uint32_t), at->ids,
 			blocks * sizeof(uint32_t))) {
@@ -154,7 +178,7 @@ static uint64_t see_stripes(const struct sequence_walk *at)
 	uint32_t rows = worker->layers * worker->heads;
 	uint64_t blocks = 0;
 
-	for (uint32_t s = at->seq.stripe_first; s < at->seq.stripes; s++) {
+	for (uint32_t s = at->seq.stripe_first; at->seq.residency != META_OFFLOADED && s < at->seq.stripes; s++) {
 		uint64_t index = ((uint64_t)at->slot * worker->stripe_cap + s) * rows;
 
 		if (!read_part(
@@ -187,6 +211,17 @@ static uint64_t see_relocation(const struct sequence_walk *at, uint32_t record)
 	return redo.move_count;
 }
 
+/* What it has on the host, and that it has no more than its state says. */
+static void see_host(const struct sequence_walk *at, const char *object)
+{
+	uint32_t tenant = at->walk->workers[at->worker].tenant;
+
+	if (at->seq.residency == META_RESIDENT && at->seq.image)
+		differ(at->walk, "%s: it is resident and has an image", object);
+	see_chain(at->walk, object, tenant, at->seq.image, at->seq.image_bytes);
+	see_chain(at->walk, object, tenant, at->seq.retained, at->seq.retained_bytes);
+}
+
 static void see_sequence(const struct sequence_walk *at)
 {
 	const struct meta_worker *worker = &at->walk->workers[at->worker];
@@ -210,6 +245,7 @@ static void see_sequence(const struct sequence_walk *at)
 		blocks += see_row(at, row, &pairs);
 	expect(at->walk, object, "blocks", blocks, at->seq.blocks);
 	expect(at->walk, object, "pairs", pairs, at->seq.pairs);
+	see_host(at, object);
 }
 
 /* The first slot from `slot` on whose entry may hold something. */
@@ -297,6 +333,34 @@ static void compare_committed(struct walk *walk)
 	expect(walk, "pool", "bytes of the host committed", host, walk->header->host.committed);
 }
 
+/* Every frame in use belongs to an object, and to an account. */
+static void compare_frames(struct walk *walk)
+{
+	uint32_t size = walk->header->frame_size;
+
+	for (uint32_t i = 0; i < walk->header->frame_count; i++) {
+		if (!walk->frames[i].tenant)
+			continue;
+		walk->audit->rows[walk->frames[i].tenant - 1].host_counted += size;
+		if (!walk->seen_frames[i])
+			differ(walk, "frame %u of the host tier: nothing refers to it", i);
+	}
+}
+
+static void compare_host(struct walk *walk)
+{
+	uint64_t charged = 0;
+
+	for (uint32_t i = 0; i < walk->header->tenant_count; i++) {
+		struct audit_row *row = &walk->audit->rows[i];
+
+		row->host_charged = walk->tenants[i].host.charged;
+		expect(walk, row->tenant, "bytes charged on the host", row->host_counted, row->host_charged);
+		charged += row->host_counted;
+	}
+	expect(walk, "host", "bytes charged", charged, walk->header->host.charged);
+}
+
 static void compare_accounts(struct walk *walk)
 {
 	const struct quota_account *pool = &walk->header->pool;
@@ -330,7 +394,9 @@ static int walk_init(struct walk *walk, int fd, const uint8_t *base, struct audi
 	walk->tenants = (const void *)(base + walk->header->tenants_offset);
 	walk->workers = (const void *)(base + walk->header->workers_offset);
 	walk->extents = (const void *)(base + walk->header->extents_offset);
+	walk->frames = (const void *)(base + walk->header->frames_offset);
 	walk->audit = audit;
+	walk->seen_frames = calloc((size_t)walk->header->frame_count + 1, 1);
 	walk->seen = calloc(walk->header->extent_count, walk->header->bitmap_size);
 	walk->extent_of_slot = calloc(walk->header->extent_count, sizeof(uint32_t));
 	walk->promised = calloc(META_MAX_TENANTS, sizeof(uint64_t));
@@ -338,8 +404,8 @@ static int walk_init(struct walk *walk, int fd, const uint8_t *base, struct audi
 	audit->row_count = walk->header->tenant_count;
 	audit->rows = calloc(audit->row_count + 1, sizeof(struct audit_row));
 	audit->differences = calloc(AUDIT_DIFFERENCES, AUDIT_TEXT);
-	return walk->seen && walk->extent_of_slot && walk->promised && walk->unreturned && audit->rows &&
-			       audit->differences
+	return walk->seen && walk->seen_frames && walk->extent_of_slot && walk->promised && walk->unreturned &&
+			       audit->rows && audit->differences
 		       ? 0
 		       : -ENOMEM;
 }
@@ -353,8 +419,10 @@ static void walk_all(struct walk *walk, audit_physical physical, void *user)
 		if (walk->workers[i].id)
 			see_worker(walk, i);
 	compare_bitmaps(walk);
+	compare_frames(walk);
 	compare_accounts(walk);
 	compare_committed(walk);
+	compare_host(walk);
 }
 
 int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *ret)
@@ -377,6 +445,7 @@ int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *re
 	if (r >= 0)
 		walk_all(&walk, physical, user);
 	free(walk.seen);
+	free(walk.seen_frames);
 	free(walk.extent_of_slot);
 	free(walk.promised);
 	free(walk.unreturned);

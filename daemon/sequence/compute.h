@@ -27,6 +27,10 @@ struct compute_ops {
 	int (*score)(struct request *request);   /* STAGE: a slice of the rows, from request->layer and row on */
 	int (*publish)(struct request *request); /* rows and lengths that request->publish names; NULL: nothing to do */
 	int (*event)(const struct space *space, void *event); /* 0: it has happened; -EAGAIN: not yet */
+	/* The next part of the request's image (image.h), until image_is_complete(). On the host -EAGAIN: more is left
+	 * after this turn; elsewhere called again when what was started is done. */
+	int (*unload)(struct request *request);
+	int (*load)(struct request *request);
 	/* How a job ends that only starts its work: executor.h. NULL: each is done when it returns. */
 	bool (*poll)(struct job *job);
 };
@@ -47,6 +51,12 @@ void compute_submit(struct request *request, int (*launch)(struct request *), vo
 
 /* Publishes what request->publish names, then calls after(request); at once where there is nothing to do. */
 void compute_publish(struct request *request, void (*after)(struct request *));
+
+/*
+ * Copies the request's image, to it or from it, in turns with the other copies (tier/turns.h), after making its frames
+ * ready; then calls after(request) with job_status.
+ */
+void compute_copy(struct request *request, void (*after)(struct request *));
 
 /*
  * Waits on the executor for what the entry names (wait_value, wait_event), then calls after(request): with

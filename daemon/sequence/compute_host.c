@@ -2,6 +2,7 @@
 #include "daemon/sequence/compute.h"
 
 #include "daemon/sequence/evict.h"
+#include "daemon/sequence/image.h"
 #include "daemon/sequence/score.h"
 
 static int host_open(struct space *space, const struct space_memory *memory, char *text)
@@ -35,6 +36,11 @@ static int host_move(struct request *request)
 	return 0;
 }
 
+static int host_copy(struct request *request)
+{
+	return image_copy(request->sequence, request->image);
+}
+
 const struct compute_ops compute_host = {
 	.open = host_open,
 	.select = host_select,
@@ -42,4 +48,6 @@ const struct compute_ops compute_host = {
 	.move = host_move,
 	.evictions = 1,
 	.score = score_slice,
+	.unload = host_copy,
+	.load = host_copy,
 };

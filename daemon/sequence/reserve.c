@@ -7,6 +7,7 @@
 #include "daemon/sequence/admission.h"
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/keep.h"
+#include "daemon/sequence/offload.h"
 #include "daemon/sequence/promise.h"
 #include "daemon/sequence/space.h"
 
@@ -80,7 +81,7 @@ void op_create(struct request *request)
 /* ---- reserve ---- */
 
 /* Runs of stripes from `begin` on go to the table, row by row: rows lie pages apart. */
-static void publish_stripes(struct sequence *sequence, uint32_t begin, uint32_t end)
+void sequence_publish_stripes(struct sequence *sequence, uint32_t begin, uint32_t end)
 {
 	struct space *space = sequence->space;
 
@@ -208,8 +209,15 @@ static void reserve_step(struct request *request)
 	request->publish = (struct publish){.stripe_begin = meta->stripes, .stripe_end = meta->stripes + stripes};
 	for (uint32_t i = 0; i < stripes; i++)
 		add_stripe(sequence, (uint64_t)(stripes - i - 1) * sequence->space->rows, missing > 0);
-	publish_stripes(sequence, request->publish.stripe_begin, meta->stripes);
+	sequence_publish_stripes(sequence, request->publish.stripe_begin, meta->stripes);
 	reserved(request);
+}
+
+static void reserve_resident(struct request *request)
+{
+	request->withheld = UINT32_MAX;
+	request->grow_status = 0;
+	reserve_step(request);
 }
 
 void op_reserve(struct request *request)
@@ -224,8 +232,7 @@ void op_reserve(struct request *request)
 			request->sqe.seq, target, max);
 		return;
 	}
-	request->withheld = UINT32_MAX;
-	reserve_step(request);
+	restore_before(request, reserve_resident);
 }
 
 /* ---- the short ones ---- */
@@ -307,7 +314,7 @@ void op_query(struct request *request)
 
 /* ---- free ---- */
 
-static void give_blocks(struct sequence *sequence)
+void sequence_give_blocks(struct sequence *sequence)
 {
 	struct space *space = sequence->space;
 	const struct meta_row *rows = meta_rows(&space->part, sequence->slot);
@@ -327,10 +334,11 @@ static void sequence_drop(struct sequence *sequence)
 	struct space *space = sequence->space;
 	uint32_t slot = sequence->slot;
 
-	if (sequence->meta->blocks || sequence->meta->evictions) {
-		give_blocks(sequence);
+	if (sequence->meta->blocks)
+		sequence_give_blocks(sequence);
+	if (sequence->meta->stripes || sequence->meta->evictions)
 		meta_part_forget(space->pool->meta, &space->part, slot);
-	}
+	offload_forget(sequence);
 	block_owner_deinit(&space->blocks, &sequence->owner);
 	promise_forget(sequence);
 	keep_forget(sequence);

@@ -10,8 +10,10 @@
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/evict.h"
 #include "daemon/sequence/gates.h"
+#include "daemon/sequence/image.h"
 #include "daemon/sequence/keep.h"
 #include "daemon/sequence/layout.h"
+#include "daemon/sequence/offload.h"
 #include "daemon/sequence/promise.h"
 
 #define WAIT_NS 10000000000u
@@ -81,6 +83,7 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	list_init(&space->dropped);
 	list_init(&space->wait_queue);
 	list_init(&space->evict_queue);
+	list_init(&space->own);
 	block_space_init(&space->blocks, space->pool, NULL);
 	r = space_fill(space, layout, worker_id);
 	if (r < 0) {
@@ -218,6 +221,7 @@ static void drop_sequences(struct space *space)
 
 		if (!sequence)
 			continue;
+		offload_forget(sequence);
 		memset(sequence->meta, 0, sizeof(*sequence->meta));
 		space->tenant->sequences--;
 		free(sequence);
@@ -234,6 +238,7 @@ static void close_now(struct space *space)
 	if (!batch)
 		abort(); /* 100 bytes were not to be had: the service manager starts us again */
 	space->closing = true;
+	offload_cancel(space);
 	/* Extents leave the sequences' lists before those go. */
 	move_all(&space->blocks.extents, &batch->extents);
 	move_all(&space->blocks.spare, &batch->extents);
@@ -316,10 +321,16 @@ void request_finish(struct request *request)
 		request->cqe.generation = sequence->meta->generation;
 		request->sequence = NULL;
 		sequence->busy = false;
+		offload_settle(sequence);
 		if (!list_empty(&sequence->queue))
 			next = list_entry(list_pop(&sequence->queue), struct request, node);
 	}
-	space->ops->complete(space->user, request);
+	if (request->completed) {
+		list_remove(&request->own_node);
+		request->completed(request);
+	} else {
+		space->ops->complete(space->user, request);
+	}
 	if (next)
 		run(next);
 }
@@ -327,6 +338,7 @@ void request_finish(struct request *request)
 void request_deinit(struct request *request)
 {
 	request->evict = evict_free(request->evict);
+	request->image = image_free(request->image);
 }
 
 void request_fail(struct request *request, int status, const char *format, ...)
@@ -347,7 +359,7 @@ static void refuse(struct request *request)
 	request_finish(request);
 }
 
-static struct sequence *find_sequence(const struct space *space, uint64_t handle)
+struct sequence *space_sequence(const struct space *space, uint64_t handle)
 {
 	uint32_t slot = (uint32_t)handle;
 	struct sequence *sequence = slot < space->part.worker->max_sequences ? space->sequences[slot] : NULL;
@@ -405,7 +417,13 @@ static void dispatch(struct request *request)
 		[KVG_OP_FREE] = op_free,
 		[KVG_OP_PROTECT] = op_protect,
 		[KVG_OP_QUERY] = op_query,
+		[KVG_OP_OFFLOAD] = op_offload,
+		[KVG_OP_RESTORE] = op_restore,
+		[KVG_OP_IDLE] = op_idle,
 	};
+
+	if (!offload_allows(request))
+		return;
 	ops[request->sqe.op](request);
 }
 
@@ -423,7 +441,7 @@ static void waited(struct request *request)
 static void run(struct request *request)
 {
 	const struct kvg_sqe *sqe = &request->sqe;
-	struct sequence *sequence = find_sequence(request->space, sqe->seq);
+	struct sequence *sequence = space_sequence(request->space, sqe->seq);
 	bool versioned = sqe->op == KVG_OP_COMMIT || sqe->op == KVG_OP_STAGE || sqe->op == KVG_OP_EVICT ||
 			 sqe->op == KVG_OP_TRUNCATE;
 
@@ -443,7 +461,7 @@ static void run(struct request *request)
 	if (sqe->wait_event && !request->event)
 		request_fail(request, -ENOENT, "sequence %#" PRIx64 ": there is no event %u to wait for", sqe->seq,
 			sqe->wait_event);
-	else if (versioned && sqe->generation != sequence->meta->generation)
+	else if (versioned && !request->completed && sqe->generation != sequence->meta->generation)
 		request_fail(request, -ESTALE, "sequence %#" PRIx64 ": generation %u, it is at %u", sqe->seq,
 			sqe->generation, sequence->meta->generation);
 	else if (compute_must_wait(request))
@@ -456,7 +474,7 @@ static bool is_known(const struct space *space, const struct kvg_sqe *sqe)
 {
 	bool timeline = sqe->wait_value || sqe->signal_value || sqe->wait_event;
 
-	return sqe->op <= KVG_OP_QUERY && !sqe->flags && !sqe->reserved0 && !sqe->layout && (!timeline || space->sync);
+	return sqe->op <= KVG_OP_IDLE && !sqe->flags && !sqe->reserved0 && !sqe->layout && (!timeline || space->sync);
 }
 
 void space_submit(struct space *space, struct request *request)
@@ -483,7 +501,7 @@ void space_submit(struct space *space, struct request *request)
 			request_finish(request);
 		return;
 	}
-	sequence = find_sequence(space, sqe->seq);
+	sequence = space_sequence(space, sqe->seq);
 	if (sequence && sequence->busy)
 		list_add_tail(&sequence->queue, &request->node);
 	else
@@ -718,4 +736,5 @@ void sequence_publish(const struct sequence *sequence)
 	slot->fold_pos = meta->fold_pos;
 	slot->committed_pos = meta->committed_pos;
 	slot->reserved_pos = meta->reserved_pos;
+	slot->flags = (meta->residency != META_RESIDENT ? KVG_SLOT_OFFLOADED : 0) | (meta->idle ? KVG_SLOT_IDLE : 0);
 }

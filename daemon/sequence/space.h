@@ -24,6 +24,7 @@
 struct gate_set;
 struct space;
 struct evict;
+struct image;
 struct compute_ops;
 struct compute_device;
 struct cuda_lane;
@@ -52,6 +53,9 @@ struct request {
 	struct kvg_sqe sqe;
 	struct kvg_cqe cqe;
 	char text[KVG_TEXT_SIZE]; /* why status is negative */
+	/* NULL: a worker's request, which space_ops.complete() ends. Otherwise the daemon's own, see offload.h. */
+	void (*completed)(struct request *);
+	struct list own_node; /* of the daemon's own: in the space's list */
 	struct space *space;
 	struct sequence *sequence; /* whose busy flag this request holds, or NULL */
 	struct job job;
@@ -74,6 +78,8 @@ struct request {
 	uint32_t withheld;       /* RESERVE: extents without blocks that others count on */
 	uint64_t staged_rows;    /* STAGE: what the session counts against the tenant's limit */
 	int refused;             /* by the session, with text: fails with this when its turn comes; 0: it is not */
+	struct image *image;     /* to or from the host tier */
+	void (*restored)(struct request *); /* RESTORE, RESERVE: what comes after the sequence's blocks are back */
 };
 
 /* What a space tells its session; given at creation, called on the reactor. */
@@ -135,6 +141,7 @@ struct space {
 	unsigned waits;         /* requests that the executor asks about, see compute_wait() */
 	struct list wait_queue; /* those that come after them */
 	struct list evict_queue;
+	struct list own;        /* requests of the daemon's own that are not completed */
 	unsigned evicting;      /* evictions under way */
 	uint32_t evict_slots;   /* of them, by bit */
 	uint64_t evict_reserve; /* free blocks that only evictions under way may take */
@@ -221,6 +228,15 @@ void space_return_spare(struct space *space);
 /* The block of index `index` of a row. */
 uint32_t sequence_block(const struct sequence *sequence, uint32_t row, uint32_t index);
 
+/* The sequence of a handle, or NULL. */
+struct sequence *space_sequence(const struct space *space, uint64_t handle);
+
+/* Writes ids of runs of stripes [begin, end) to the worker's table, behind the held ones. */
+void sequence_publish_stripes(struct sequence *sequence, uint32_t begin, uint32_t end);
+
+/* Gives all of its blocks back; the rows still count them. */
+void sequence_give_blocks(struct sequence *sequence);
+
 /* Writes the state of a sequence to the worker's table. */
 void sequence_publish(const struct sequence *sequence);
 
@@ -238,5 +254,8 @@ void op_query(struct request *request);
 void op_free(struct request *request);
 void op_stage(struct request *request);
 void op_evict(struct request *request);
+void op_offload(struct request *request);
+void op_restore(struct request *request);
+void op_idle(struct request *request);
 
 #endif

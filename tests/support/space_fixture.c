@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "daemon/metrics/audit.h"
+#include "daemon/tier/host.h"
 
 static uint64_t either(uint64_t value, uint64_t otherwise)
 {
@@ -132,6 +133,7 @@ struct fixture *fixture_new(const struct fixture_options *options)
 	assert_int_equal(pool_new(fixture->loop, fixture->executor, fixture->kind, pool_size,
 				 (size_t)either(o->extent_size, 64 << 10), &fixture->pool),
 		0);
+	assert_int_equal(host_tier_new(fixture->pool, o->host_size, &fixture->tier), 0);
 	assert_int_equal(tenant_new(fixture->pool, "test", either(o->device_max, pool_size), &fixture->tenant), 0);
 	if (space_new(fixture->tenant, &fixture->layout, 7, &fixture_ops, fixture, &fixture->space, fixture->text) < 0)
 		fail_msg("%s", fixture->text);
@@ -161,6 +163,7 @@ void fixture_free(struct fixture *fixture)
 	assert_int_equal(account->charged, 0);
 	assert_int_equal(account->promised, 0);
 	assert_int_equal(account->unreturned, 0);
+	assert_int_equal(fixture->tenant->host.account->charged, 0);
 	assert_int_equal(fixture->pool->quota.account->charged, 0);
 	assert_int_equal(fixture->pool->quota.account->promised, 0);
 	assert_int_equal(fixture->pool->live, 0);
@@ -171,6 +174,7 @@ void fixture_free(struct fixture *fixture)
 	}
 	(void)space_free(fixture->space);
 	(void)executor_free(fixture->executor);
+	(void)host_tier_free(fixture->tier);
 	(void)pool_free(fixture->pool);
 	(void)tenant_free(fixture->tenant);
 	(void)kind_free(fixture->own_kind);
