@@ -372,7 +372,6 @@ static void compare_accounts(struct walk *walk)
 
 		(void)snprintf(row->tenant, sizeof(row->tenant), "%s", walk->tenants[i].name);
 		row->charged = account->charged;
-		row->host_charged = walk->tenants[i].host.charged;
 		expect(walk, row->tenant, "bytes charged", row->extent_bytes, account->charged);
 		expect(walk, row->tenant, "bytes promised", walk->promised[i], account->promised);
 		expect(walk, row->tenant, "bytes unreturned", walk->unreturned[i], account->unreturned);

@@ -70,6 +70,8 @@ bool offload_allows(struct request *request)
 			request->sqe.seq, op, offloaded ? "offloaded" : "idle");
 		return false;
 	}
+	if (op != KVG_OP_QUERY && op != KVG_OP_IDLE && op != KVG_OP_OFFLOAD)
+		reclaim_withdraw(&request->sequence->reclaimable);
 	if (meta->idle && !request->completed && (op == KVG_OP_RESERVE || op == KVG_OP_RESTORE)) {
 		meta->idle = 0;
 		sequence_publish(request->sequence);
@@ -77,15 +79,73 @@ bool offload_allows(struct request *request)
 	return true;
 }
 
+/* ---- idle sequences ---- */
+
+/* The offload of an idle sequence for whoever needs memory. */
+struct reclaim_request {
+	struct request request;
+	struct tenant *tenant;
+	uint64_t bytes;
+	bool begun, over; /* begin() has returned; the request is completed */
+};
+
+static void reclaimed(struct request *request)
+{
+	struct reclaim_request *own = list_entry(request, struct reclaim_request, request);
+
+	own->over = true;
+	if (!own->begun)
+		return;
+	reclaim_progress(own->tenant, own->bytes);
+	request_deinit(request);
+	free(own);
+}
+
+static int reclaim_begin_offload(struct reclaimable *reclaimable)
+{
+	struct sequence *sequence = list_entry(reclaimable, struct sequence, reclaimable);
+	struct reclaim_request *own;
+	int r;
+
+	if (sequence->busy)
+		return -EBUSY;
+	own = calloc(1, sizeof(*own));
+	if (!own)
+		return -ENOMEM;
+	*own = (struct reclaim_request){.tenant = reclaimable->tenant, .bytes = reclaimable->bytes};
+	own->request.sqe = (struct kvg_sqe){.op = KVG_OP_OFFLOAD, .seq = sequence_handle(sequence)};
+	own->request.completed = reclaimed;
+	offload_submit(sequence->space, &own->request);
+	own->begun = true;
+	if (!own->over)
+		return 0;
+	r = own->request.cqe.status;
+	if (r >= 0)
+		reclaim_progress(own->tenant, own->bytes);
+	request_deinit(&own->request);
+	free(own);
+	return r;
+}
+
 void offload_settle(struct sequence *sequence)
 {
-	(void)sequence;
+	const struct space *space = sequence->space;
+	const struct meta_seq *meta = sequence->meta;
+	struct reclaimable *reclaimable = &sequence->reclaimable;
+
+	if (!meta->idle || meta->residency != META_RESIDENT || !list_empty(&reclaimable->node))
+		return;
+	reclaimable->bytes = meta->blocks * 2 * space->arena->stride + sequence->right * space->arena->extent_size;
+	reclaimable->begin = reclaim_begin_offload;
+	if (reclaimable->bytes)
+		reclaim_offer(space->tenant, RECLAIM_SEQUENCE, reclaimable);
 }
 
 void offload_forget(struct sequence *sequence)
 {
 	const struct space *space = sequence->space;
 
+	reclaim_withdraw(&sequence->reclaimable);
 	host_tier_give(space->pool->tier, space->tenant, sequence->meta->image);
 	sequence->meta->image = 0;
 }
@@ -231,6 +291,7 @@ static void offload(struct request *request)
 		request_finish(request);
 		return;
 	}
+	reclaim_withdraw(&sequence->reclaimable);
 	request->cqe.value[1] = give_uncommitted(sequence) * block_bytes(request->space);
 	if (!sequence->meta->image) {
 		leave_device(request);

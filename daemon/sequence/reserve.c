@@ -30,6 +30,7 @@ static struct sequence *sequence_new(struct space *space, const struct kvg_polic
 	sequence->meta = meta = &space->part.seqs[sequence->slot];
 	block_owner_init(&sequence->owner, sequence->slot + 1);
 	list_init(&sequence->queue);
+	list_init(&sequence->reclaimable.node);
 	*meta = (struct meta_seq){.epoch = next_epoch(space), .admitted = admitted, .policy = *policy};
 	for (uint32_t i = 0; i < space->part.worker->layers; i++)
 		space->part.scored[(size_t)sequence->slot * space->part.worker->layers + i] = policy->prefix_tokens;

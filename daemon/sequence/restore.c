@@ -206,10 +206,10 @@ static void find_blocks(struct request *request)
 		if (least && least < missing && space_try_grow(request, least, "the restore", find_blocks) >= 0)
 			return;
 	}
-	if (missing && !fits_anywhere(request, &need))
-		refuse(request, request->grow_status < 0 ? request->grow_status : -ENOSPC);
-	else
+	if (!missing || fits_anywhere(request, &need))
 		fill(request, &need, missing > 0);
+	else if (request->grow_status != -ENOSPC || !space_wait_memory(request, request->lack, find_blocks))
+		refuse(request, request->grow_status);
 }
 
 /* What it was admitted with it is promised again. */
@@ -219,6 +219,8 @@ static void admit(struct request *request)
 	struct meta_seq *meta = sequence->meta;
 	int r = promise_admit(request->space, meta->admitted_before, "the sequence", request->text);
 
+	if (r == -ENOSPC && space_wait_memory(request, promise_bytes(request->space, meta->admitted_before), admit))
+		return;
 	if (r < 0) {
 		refuse(request, r);
 		return;

@@ -39,7 +39,8 @@ struct sequence {
 	uint64_t wanted;    /* extents without blocks that it will fill soon, see keep.h */
 	bool decodes;       /* its last eviction was one of decoding */
 	bool busy;
-	struct list queue; /* requests that wait */
+	struct list queue;              /* requests that wait */
+	struct reclaimable reclaimable; /* while it is idle and has blocks, see offload.h */
 };
 
 /* Which entries of a sequence's rows have changed in the table since the worker's kernels last read them. */

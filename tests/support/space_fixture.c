@@ -135,6 +135,7 @@ struct fixture *fixture_new(const struct fixture_options *options)
 		0);
 	assert_int_equal(host_tier_new(fixture->pool, o->host_size, &fixture->tier), 0);
 	assert_int_equal(tenant_new(fixture->pool, "test", either(o->device_max, pool_size), &fixture->tenant), 0);
+	fixture->tenant->host.account->max = fixture->pool->host.account->max;
 	if (space_new(fixture->tenant, &fixture->layout, 7, &fixture_ops, fixture, &fixture->space, fixture->text) < 0)
 		fail_msg("%s", fixture->text);
 	fixture->staging_size = (size_t)rows * fixture->layout.max_tokens * sizeof(float);

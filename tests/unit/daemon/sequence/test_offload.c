@@ -531,6 +531,131 @@ static void test_own_requests_end_with_the_worker(void **state)
 	}
 }
 
+/* ---- memory that somebody needs ---- */
+
+static void on_pressure(void *user, struct tenant *tenant, bool on)
+{
+	(void)user;
+	(void)tenant;
+	(void)on;
+}
+
+static const struct reclaim_ops pressure_ops = {.pressure = on_pressure};
+static const size_t one = 1;
+
+static void reclaim_open(struct fixture *fixture, struct reclaim *reclaim)
+{
+	assert_int_equal(reclaim_init(reclaim, fixture->loop, fixture->pool, &fixture->tenant, &one, 1000000000,
+				 &pressure_ops, NULL),
+		0);
+	fixture->tenant->reclaim = reclaim;
+}
+
+static void reclaim_close(struct fixture *fixture, struct reclaim *reclaim)
+{
+	fixture->tenant->reclaim = NULL;
+	reclaim_deinit(reclaim);
+}
+
+/* Waits while the worker unmaps what it is asked to. */
+static int call_and_unmap(struct fixture *fixture, uint8_t op, uint64_t handle)
+{
+	struct call *waiting = start(fixture, op, handle);
+
+	while (!waiting->done) {
+		fixture_acknowledge(fixture);
+		fixture_turn(fixture);
+	}
+	if (waiting->request.cqe.status < 0)
+		print_message("%s\n", waiting->request.text);
+	return waiting->request.cqe.status;
+}
+
+/* Of two idle ones the older goes when the third comes back, and comes back itself. */
+static void test_idle_ones_make_room(void **state)
+{
+	struct fixture *fixture = fixture_of(25 * EXTENT, HOST);
+	struct reclaim reclaim;
+	struct model *models[3];
+
+	(void)state;
+	reclaim_open(fixture, &reclaim);
+	for (unsigned i = 0; i < 3; i++) {
+		models[i] = model_new(fixture, &plain, (enum score_pattern)i);
+		assert_int_equal(model_append(models[i], 1000 + i), 0);
+		if (i == 0)
+			offload(models[i]);
+		if (i)
+			assert_int_equal(call(fixture, KVG_OP_IDLE, models[i]->handle), 0);
+	}
+	assert_int_equal(fixture->tenant->offer_count, 2);
+	assert_int_equal(call_and_unmap(fixture, KVG_OP_RESTORE, models[0]->handle), 0);
+	model_check(models[0]);
+	assert_int_equal(slot_of(models[1])->flags, KVG_SLOT_OFFLOADED | KVG_SLOT_IDLE);
+	assert_int_equal(slot_of(models[2])->flags, KVG_SLOT_IDLE);
+	assert_int_equal(fixture->tenant->offer_count, 1);
+	assert_int_equal(fixture->tenant->reclaiming, 0);
+	assert_int_equal(fixture->tenant->reclaiming_bytes, 0);
+	assert_int_equal(call_and_unmap(fixture, KVG_OP_RESTORE, models[1]->handle), 0);
+	model_check(models[1]);
+	assert_int_equal(slot_of(models[2])->flags, KVG_SLOT_OFFLOADED | KVG_SLOT_IDLE);
+	assert_int_equal(fixture->tenant->offered, 0);
+	for (unsigned i = 0; i < 3; i++)
+		model_release(models[i]);
+	reclaim_close(fixture, &reclaim);
+	fixture_free(fixture);
+}
+
+/* Without room on the host an idle sequence stays where it is, on offer. */
+static void test_idle_without_a_host(void **state)
+{
+	struct fixture *fixture = fixture_of(13 * EXTENT, 0);
+	struct reclaim reclaim;
+	struct model *model = model_new(fixture, &plain, SCORES_RANDOM);
+	struct kvg_sqe sqe = {.op = KVG_OP_CREATE, .create = plain};
+
+	(void)state;
+	reclaim_open(fixture, &reclaim);
+	assert_int_equal(model_append(model, 1000), 0);
+	assert_int_equal(call(fixture, KVG_OP_IDLE, model->handle), 0);
+	assert_int_equal(fixture->tenant->offer_count, 1);
+	assert_int_equal(fixture_call(fixture, &sqe), -ENOSPC);
+	assert_non_null(strstr(fixture->text, "idle"));
+	assert_int_equal(fixture->tenant->offer_count, 1);
+	assert_int_equal(fixture->tenant->reclaiming, 0);
+	assert_int_equal(slot_of(model)->flags, KVG_SLOT_IDLE);
+	model_check(model);
+	assert_int_equal(fixture_reserve(fixture, model->handle, 1), 0);
+	assert_int_equal(fixture->tenant->offer_count, 0);
+	model_release(model);
+	reclaim_close(fixture, &reclaim);
+	fixture_free(fixture);
+}
+
+/* The worker dies while its idle sequence is on its way. */
+static void test_reclaimed_worker_dies(void **state)
+{
+	(void)state;
+	for (unsigned turns = 0; turns < 4; turns++) {
+		struct fixture *fixture = fixture_of(0, HOST);
+		struct reclaim reclaim;
+		struct model *model = read_some(fixture, SCORES_RANDOM);
+
+		reclaim_open(fixture, &reclaim);
+		assert_int_equal(call(fixture, KVG_OP_IDLE, model->handle), 0);
+		assert_true(reclaim_begin(fixture->tenant, 1, NULL) > 0);
+		assert_int_equal(fixture->tenant->reclaiming, 1);
+		for (unsigned k = 0; k < turns; k++)
+			fixture_turn(fixture);
+		fixture_kill(fixture);
+		assert_int_equal(fixture->tenant->reclaiming, 0);
+		assert_int_equal(fixture->tenant->offered, 0);
+		model_free(model);
+		reclaim_close(fixture, &reclaim);
+		fixture_free(fixture);
+	}
+}
+
 int main(void)
 {
 	static const struct CMUnitTest tests[] = {
@@ -550,6 +675,9 @@ int main(void)
 		cmocka_unit_test(test_worker_dies),
 		cmocka_unit_test(test_own_requests),
 		cmocka_unit_test(test_own_requests_end_with_the_worker),
+		cmocka_unit_test(test_idle_ones_make_room),
+		cmocka_unit_test(test_idle_without_a_host),
+		cmocka_unit_test(test_reclaimed_worker_dies),
 	};
 
 	return runner_run("daemon/sequence/offload", tests, sizeof(tests) / sizeof(*tests));
