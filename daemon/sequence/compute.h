@@ -18,6 +18,13 @@ struct compute_ops {
 	int (*select)(struct request *request); /* SELECT of the request's eviction: fills kept[], and evict_count() */
 	int (*mark)(struct request *request);   /* MARK: fills holes[] and stripe_kept[] */
 	int (*move)(struct request *request);   /* MOVE of the step that was planned */
+	/* What evictions drop and the host keeps (retain.h); all three or none. */
+	int (*pack)(struct request
+			*request); /* PACK: dropped pairs go to the sequence's store, as many as it has room for */
+	int (*recall)(struct request
+			*request); /* SELECT of a recall: fills kept[], evict_count(), and what comes back (recall.h) */
+	int (*unpack)(struct request *request); /* UNPACK: what comes back is copied behind the rows' held pairs, and
+						   leaves the store */
 	bool closes_holes;                      /* move() can close holes behind the step's own moves */
 	bool select_marks;                      /* select() can do MARK as well: evict->marked asks for it */
 	bool move_publishes; /* move() of the last stripes publishes the rows as they will be: evict->publishes asks for

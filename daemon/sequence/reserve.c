@@ -9,6 +9,7 @@
 #include "daemon/sequence/keep.h"
 #include "daemon/sequence/offload.h"
 #include "daemon/sequence/promise.h"
+#include "daemon/sequence/retain.h"
 #include "daemon/sequence/space.h"
 
 /* 0 means that there is no sequence. */
@@ -340,6 +341,7 @@ static void sequence_drop(struct sequence *sequence)
 	if (sequence->meta->stripes || sequence->meta->evictions)
 		meta_part_forget(space->pool->meta, &space->part, slot);
 	offload_forget(sequence);
+	retain_forget(sequence);
 	block_owner_deinit(&space->blocks, &sequence->owner);
 	promise_forget(sequence);
 	keep_forget(sequence);

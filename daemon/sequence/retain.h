@@ -27,6 +27,8 @@
 
 #include "proto/kvgate_abi.h"
 
+struct sequence;
+
 /* What is known of a retained pair. */
 struct retain_entry {
 	uint32_t row; /* layer * heads + head */
@@ -43,8 +45,8 @@ struct retain_form {
 };
 
 /*
- * A store as an eviction or a recall works with it. frames[i] is the number of the chain's i-th frame, which lies at
- * base + frames[i] * frame_size. The reactor owns it but while a job of its sequence runs.
+ * A store as an eviction or a recall works with it. frames[i] is the number of the chain's i-th frame, from 0, which
+ * lies at base + frames[i] * frame_size. The reactor owns it but while a job of its sequence runs.
  */
 struct retain {
 	struct retain_form form;
@@ -107,6 +109,28 @@ struct retain_plan {
  */
 int retain_plan(const struct retain *retain, const float *scores, uint64_t new_count, struct retain_plan *ret);
 void retain_plan_deinit(struct retain_plan *plan);
+
+/* ---- retain_room.c, on the reactor ---- */
+
+/* Whether the sequence's evictions have a PACK step: by its policy, its kind, and a host budget that is not 0. */
+bool retain_wants(const struct sequence *sequence);
+
+/*
+ * Frames for that many pairs more, or as many as its tenant's budget has; they join the sequence's chain. False when
+ * the store has no room for any pair. Never an error.
+ */
+bool retain_take(struct sequence *sequence, uint64_t pairs);
+
+/* After a job that changed the store: the metadata says what it holds, and frames that it does not need go back. */
+void retain_settle(struct sequence *sequence);
+
+/* Gives the store up, with all frames. */
+void retain_forget(struct sequence *sequence);
+
+/* ---- on the executor ---- */
+
+/* Makes the frames behind the store's pairs ready for use: 0, -EAGAIN: another call is needed, or a negative errno. */
+int retain_open(const struct sequence *sequence);
 
 /* Takes pairs out: chosen[] ascends. Pairs from the end fill their places; count falls by n. */
 void retain_remove(struct retain *retain, const uint64_t *chosen, uint64_t n);

@@ -15,6 +15,7 @@
 #include "daemon/sequence/layout.h"
 #include "daemon/sequence/offload.h"
 #include "daemon/sequence/promise.h"
+#include "daemon/sequence/retain.h"
 
 #define WAIT_NS 10000000000u
 
@@ -222,6 +223,7 @@ static void drop_sequences(struct space *space)
 		if (!sequence)
 			continue;
 		offload_forget(sequence);
+		retain_forget(sequence);
 		memset(sequence->meta, 0, sizeof(*sequence->meta));
 		space->tenant->sequences--;
 		free(sequence);
@@ -420,6 +422,7 @@ static void dispatch(struct request *request)
 		[KVG_OP_OFFLOAD] = op_offload,
 		[KVG_OP_RESTORE] = op_restore,
 		[KVG_OP_IDLE] = op_idle,
+		[KVG_OP_RECALL] = op_recall,
 	};
 
 	if (!offload_allows(request))
@@ -443,7 +446,7 @@ static void run(struct request *request)
 	const struct kvg_sqe *sqe = &request->sqe;
 	struct sequence *sequence = space_sequence(request->space, sqe->seq);
 	bool versioned = sqe->op == KVG_OP_COMMIT || sqe->op == KVG_OP_STAGE || sqe->op == KVG_OP_EVICT ||
-			 sqe->op == KVG_OP_TRUNCATE;
+			 sqe->op == KVG_OP_TRUNCATE || sqe->op == KVG_OP_RECALL;
 
 	if (!sequence) {
 		request_fail(request, -ENOENT, "sequence %#" PRIx64 ": there is no such sequence", sqe->seq);
@@ -474,7 +477,7 @@ static bool is_known(const struct space *space, const struct kvg_sqe *sqe)
 {
 	bool timeline = sqe->wait_value || sqe->signal_value || sqe->wait_event;
 
-	return sqe->op <= KVG_OP_IDLE && !sqe->flags && !sqe->reserved0 && !sqe->layout && (!timeline || space->sync);
+	return sqe->op <= KVG_OP_RECALL && !sqe->flags && !sqe->reserved0 && !sqe->layout && (!timeline || space->sync);
 }
 
 void space_submit(struct space *space, struct request *request)

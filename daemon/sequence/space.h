@@ -28,16 +28,18 @@ struct image;
 struct compute_ops;
 struct compute_device;
 struct cuda_lane;
+struct retain;
 
 struct sequence {
 	struct space *space;
 	uint32_t slot;
 	struct meta_seq *meta;
 	struct block_owner owner;
-	uint32_t min_slack; /* free places in the last held block of the row that has fewest */
-	uint64_t right;     /* extents that it may draw from the worker's promise */
-	uint64_t wanted;    /* extents without blocks that it will fill soon, see keep.h */
-	bool decodes;       /* its last eviction was one of decoding */
+	uint32_t min_slack;    /* free places in the last held block of the row that has fewest */
+	uint64_t right;        /* extents that it may draw from the worker's promise */
+	uint64_t wanted;       /* extents without blocks that it will fill soon, see keep.h */
+	bool decodes;          /* its last eviction was one of decoding */
+	struct retain *retain; /* owned; NULL: nothing was retained yet */
 	bool busy;
 	struct list queue;              /* requests that wait */
 	struct reclaimable reclaimable; /* while it is idle and has blocks, see offload.h */
@@ -258,5 +260,6 @@ void op_evict(struct request *request);
 void op_offload(struct request *request);
 void op_restore(struct request *request);
 void op_idle(struct request *request);
+void op_recall(struct request *request);
 
 #endif

@@ -168,6 +168,8 @@ void fixture_free(struct fixture *fixture)
 	assert_int_equal(fixture->pool->quota.account->charged, 0);
 	assert_int_equal(fixture->pool->quota.account->promised, 0);
 	assert_int_equal(fixture->pool->live, 0);
+	assert_int_equal(fixture->tenant->host.account->charged, 0);
+	assert_int_equal(fixture->pool->host.account->charged, 0);
 	fixture_audit(fixture);
 	while ((node = list_pop(&fixture->calls))) {
 		request_deinit(&list_entry(node, struct call, node)->request);
