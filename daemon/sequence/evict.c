@@ -28,8 +28,8 @@ static uint64_t min_u64(uint64_t a, uint64_t b)
 	return a < b ? a : b;
 }
 
-/* The request is done with, one way or the other; the next evictions of the space may start. */
-static void over(struct request *request)
+/* It is no longer under way. */
+static void leave(struct request *request)
 {
 	struct space *space = request->space;
 
@@ -42,15 +42,30 @@ static void over(struct request *request)
 	keep_update(request->sequence);
 	if (list_empty(&space->evict_queue)) /* else the next one may want them */
 		space_return_spare(space);
+}
+
+/* The request is done with; the next evictions of the space may start. */
+static void over(struct request *request)
+{
+	struct space *space = request->space;
+
+	leave(request);
 	request_finish(request);
 	evict_begin_queued(space);
 }
 
+/* A recall that may wait for memory does so without keeping evictions waiting, and starts anew. */
 static void over_failed(struct request *request, int status)
 {
+	struct space *space = request->space;
+	bool waits = request->evict->recall && status == -ENOSPC;
+
 	recall_unpromise(request);
 	request->cqe.status = status;
-	over(request);
+	leave(request);
+	if (!waits || !space_wait_memory(request, request->lack, op_recall))
+		request_finish(request);
+	evict_begin_queued(space);
 }
 
 void evict_report(struct request *request, uint64_t moved)

@@ -31,6 +31,7 @@ int recall_promise(struct request *request)
 
 	if (need <= meta->admitted)
 		return 0;
+	request->lack = promise_bytes(request->space, need - meta->admitted);
 	r = promise_admit(request->space, need - meta->admitted, "the recall", request->text);
 	if (r < 0)
 		return r;
@@ -141,6 +142,7 @@ void op_recall(struct request *request)
 {
 	const struct sequence *sequence = request->sequence;
 
+	request->cqe.status = 0; /* it may have waited for memory */
 	if (!check_amount(request) || !check_sequence(request))
 		return;
 	if (!sequence->retain || !sequence->retain->count) {

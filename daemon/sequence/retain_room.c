@@ -73,18 +73,15 @@ static bool take_frames(struct sequence *sequence, uint32_t count)
 	return true;
 }
 
-/* Frames that the accounts leave: what follows where others have promises as well is host_tier_take()'s to say. */
-static uint64_t free_frames(const struct sequence *sequence)
+/* Of so many frames, those that the tenant's budget and its pool have. */
+static uint64_t within_budget(const struct sequence *sequence, uint64_t frames)
 {
-	uint64_t bytes = UINT64_MAX;
+	const struct quota *quota = &sequence->space->tenant->host;
+	uint64_t size = sequence->retain->form.frame_size, bytes = frames * size;
+	uint64_t lack = quota_lack(quota, bytes), pool = quota_lack_pool(quota, bytes);
 
-	for (const struct quota *quota = &sequence->space->tenant->host; quota; quota = quota->parent) {
-		const struct quota_account *account = quota->account;
-		uint64_t used = account->charged + account->promised;
-
-		bytes = min_u64(bytes, account->max > used ? account->max - used : 0);
-	}
-	return bytes / sequence->retain->form.frame_size;
+	lack = lack > pool ? lack : pool;
+	return bytes > lack ? (bytes - lack) / size : 0;
 }
 
 bool retain_take(struct sequence *sequence, uint64_t pairs)
@@ -95,10 +92,10 @@ bool retain_take(struct sequence *sequence, uint64_t pairs)
 	if (!retain || !retain->form.per_frame)
 		return false;
 	need = retain_frames_for(&retain->form, retain->count + pairs);
-	want = need > retain->frame_count ? min_u64(need - retain->frame_count, free_frames(sequence)) : 0;
-	want = min_u64(want, UINT32_MAX - retain->frame_count);
-	while (want && !take_frames(sequence, (uint32_t)want))
-		want /= 2;
+	want = need > retain->frame_count ? min_u64(need - retain->frame_count, UINT32_MAX - retain->frame_count) : 0;
+	want = within_budget(sequence, want);
+	if (want)
+		(void)take_frames(sequence, (uint32_t)want);
 	return retain->frame_count > 0;
 }
 
