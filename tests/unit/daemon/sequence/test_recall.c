@@ -125,8 +125,8 @@ static bool is_part(const struct model *part, const struct model *whole)
 }
 
 /*
- * Where the smaller ratio is less than the window, its window is smaller too, and the borders of its ranges lie elsewhere.
- * A floor's pairs are then the best of other ranges.
+ * Where the smaller ratio is less than the window, its window is smaller too, and the borders of its ranges lie
+ * elsewhere. A floor's pairs are then the best of other ranges.
  */
 static bool is_monotone(const struct kvg_policy *policy, double low)
 {
@@ -584,7 +584,6 @@ static void test_refusals(void **state)
 	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = HOST});
 	struct kvg_policy plain = chunked;
 	struct model *model = read_prompt(fixture, &chunked, 0.1, SCORES_RANDOM, false), *other;
-	struct meta_seq *meta = &fixture->space->part.seqs[(uint32_t)model->handle];
 
 	(void)state;
 	plain.flags = KVG_POLICY_WINDOW_ABSOLUTE;
@@ -598,10 +597,10 @@ static void test_refusals(void **state)
 	assert_int_equal(recall_ratio(model, (double)NAN), -EINVAL);
 	assert_int_equal(recall_budget(model, 0), -EINVAL);
 	assert_int_equal(recall_entry(model, &(struct kvg_sqe){.recall = {.ratio = 0.5, .flags = 2}}), -EINVAL);
-	meta->residency = META_OFFLOADED;
+	assert_int_equal(fixture_call(fixture, &(struct kvg_sqe){.op = KVG_OP_OFFLOAD, .seq = model->handle}), 0);
 	assert_int_equal(recall_ratio(model, 0.3), -EBUSY);
 	assert_non_null(strstr(fixture->text, "offloaded"));
-	meta->residency = META_RESIDENT;
+	assert_int_equal(fixture_call(fixture, &(struct kvg_sqe){.op = KVG_OP_RESTORE, .seq = model->handle}), 0);
 	assert_int_equal(
 		fixture_call(fixture,
 			&(struct kvg_sqe){
