@@ -202,8 +202,7 @@ static CUresult decide(const struct request *request, const struct kvg_cuda_sele
 	CUresult result;
 
 	if (evict->decode)
-		result = kvg_cuda_select_budget(select, in, (uint64_t)policy->budget * request->space->rows, keep, NULL,
-			device->select_scratch, stream);
+		result = kvg_cuda_select_budget(select, in, evict->budget, keep, NULL, device->select_scratch, stream);
 	else if (policy->mode == KVG_MODE_THRESHOLD)
 		result = kvg_cuda_select_threshold(select, in, policy->threshold, keep, stream);
 	else

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <stdio.h>
@@ -514,7 +515,10 @@ static bool is_needed(struct request *request, struct evict *evict)
 	evict->decode = true;
 	evict->context_end =
 		meta->policy.context_tokens; /* positions may be missing from now on: no prefill eviction any more */
-	return meta->pairs + fresh > meta->policy.budget * rows;
+	evict->budget = meta->policy.budget * rows;
+	if (request->share > 0)
+		evict->budget = (uint64_t)ceil(request->share * (double)(meta->committed_pos * rows));
+	return meta->pairs + fresh > evict->budget;
 }
 
 /* Later evictions will look at what this one folds. */
@@ -547,7 +551,7 @@ void op_evict(struct request *request)
 	struct evict *evict;
 
 	if (request->sqe.evict.mode > KVG_EVICT_DECODE ||
-		(request->sqe.evict.mode == KVG_EVICT_DECODE && meta->policy.budget == 0)) {
+		(request->sqe.evict.mode == KVG_EVICT_DECODE && meta->policy.budget == 0 && !(request->share > 0))) {
 		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": eviction mode %u, decode budget %u tokens",
 			request->sqe.seq, request->sqe.evict.mode, meta->policy.budget);
 		return;

@@ -60,6 +60,7 @@ struct evict {
 	uint32_t begin, end;     /* positions that may go (prefill) */
 	uint32_t context_end;    /* what prune_start becomes */
 	double ratio;            /* r' */
+	uint64_t budget;         /* pairs that stay (decode) */
 	uint32_t window;         /* ONCE: newest positions before `end` that count as the maximum */
 	uint32_t candidates;     /* of each row (prefill) */
 	uint32_t stripes;        /* that have committed tokens in some row */

@@ -171,7 +171,7 @@ static int decide(const struct sequence *sequence, struct evict *evict)
 	if (!scratch)
 		return -ENOMEM;
 	if (evict->decode)
-		kvg_select_budget(&in, (uint64_t)policy->budget * space->rows, host->keep, scratch);
+		kvg_select_budget(&in, evict->budget, host->keep, scratch);
 	else if (policy->mode == KVG_MODE_THRESHOLD)
 		kvg_select_threshold(&in, policy->threshold, host->keep);
 	else

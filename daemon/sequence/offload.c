@@ -23,6 +23,7 @@ void offload_submit(struct space *space, struct request *request)
 {
 	list_init(&request->node);
 	list_init(&request->own_node);
+	request->space = space;
 	if (atomic_load(&space->dying)) {
 		request->cqe.status = -ECANCELED;
 		(void)snprintf(request->text, sizeof(request->text), "sequence %#" PRIx64 ": its worker has gone",
@@ -68,6 +69,11 @@ bool offload_allows(struct request *request)
 		request_fail(request, -EBUSY,
 			"sequence %#" PRIx64 ": operation %u: it is %s; RESERVE or RESTORE put it to use again",
 			request->sqe.seq, op, offloaded ? "offloaded" : "idle");
+		return false;
+	}
+	if (request->completed && op != KVG_OP_QUERY && !meta->idle && !offloaded) {
+		request_fail(request, -EBUSY, "sequence %#" PRIx64 ": its worker has not released it as idle",
+			request->sqe.seq);
 		return false;
 	}
 	if (op != KVG_OP_QUERY && op != KVG_OP_IDLE && op != KVG_OP_OFFLOAD)

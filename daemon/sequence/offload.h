@@ -13,7 +13,7 @@
  * under way are waited for, then frames go back as extents do.
  *
  * Besides a worker's requests there are the daemon's own (reclaiming, administration): they carry `completed`, wait
- * their turn like others, may work on idle sequences, and do not end idleness.
+ * their turn like others, work on idle and offloaded sequences only, and do not end idleness.
  */
 #ifndef KVG_OFFLOAD_H
 #define KVG_OFFLOAD_H

@@ -1,4 +1,4 @@
-#include "daemon/session/admin.h"
+#include "daemon/session/admin_peer.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -8,7 +8,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "control.pb-c.h"
 #include "daemon/base/log.h"
 #include "proto/size.h"
 #include "daemon/metrics/audit.h"
@@ -17,15 +16,6 @@
 
 #define MESSAGE_MAX   4096u
 #define MESSAGE_SHARE 16u
-
-struct admin_peer {
-	struct list node;
-	struct admin *admin;
-	int fd;
-	struct loop_watch *watch;
-	struct outbox outbox;
-	bool failed; /* a reply could not be sent */
-};
 
 /* A request for the status that waits for the device's answer. */
 struct status_wait {
@@ -51,6 +41,20 @@ static void reply_error(struct admin_peer *peer, uint64_t id, int status, const 
 	reply.body_case = KVG__ADMIN_REPLY__BODY_ERROR;
 	reply.error = &error;
 	reply_send(peer, &reply, id);
+}
+
+void admin_answer(struct admin_peer *peer, Kvg__AdminReply *reply, uint64_t id)
+{
+	reply_send(peer, reply, id);
+	if (peer->failed)
+		loop_watch_again(peer->watch);
+}
+
+void admin_refuse(struct admin_peer *peer, uint64_t id, int status, const char *text)
+{
+	reply_error(peer, id, status, text);
+	if (peer->failed)
+		loop_watch_again(peer->watch);
 }
 
 static uint32_t count_sequences(const struct server *server)
@@ -303,6 +307,16 @@ static void on_workers(struct admin_peer *peer, uint64_t id)
 	free(pointers);
 }
 
+static const char *state_of(const struct meta_seq *meta)
+{
+	static const char *const states[] = {[META_RESIDENT] = "active",
+		[META_OFFLOADING] = "offloading",
+		[META_OFFLOADED] = "offloaded",
+		[META_RESTORING] = "restoring"};
+
+	return meta->residency == META_RESIDENT && meta->idle ? "idle" : states[meta->residency];
+}
+
 static void fill_sequence(Kvg__Sequence *row, const struct worker *worker, const struct sequence *sequence)
 {
 	const struct meta_seq *meta = sequence->meta;
@@ -321,6 +335,11 @@ static void fill_sequence(Kvg__Sequence *row, const struct worker *worker, const
 	row->ratio = meta->policy.ratio;
 	row->level = meta->policy.level;
 	row->evictions = meta->evictions;
+	row->state = (char *)(uintptr_t)state_of(meta);
+	row->has_image = row->has_retained = row->has_context = true;
+	row->image = meta->image_bytes;
+	row->retained = meta->retained_bytes;
+	row->context = meta->context;
 }
 
 static size_t fill_sequences(Kvg__Sequence *rows, const struct server *server)
@@ -539,6 +558,9 @@ static void dispatch(struct admin_peer *peer, const Kvg__AdminRequest *request)
 	case KVG__ADMIN_REQUEST__BODY_BUDGET_RESET:
 		on_budget_reset(peer, request->id, request->budget_reset->tenant);
 		break;
+	case KVG__ADMIN_REQUEST__BODY_SEQUENCE_WORK:
+		admin_work(peer, request->id, request->sequence_work);
+		break;
 	default:
 		reply_error(peer, request->id, -EOPNOTSUPP, "admin: a message of unknown type");
 	}
@@ -548,6 +570,7 @@ static void peer_free(struct admin_peer *peer)
 {
 	list_remove(&peer->node);
 	forget_waits(peer);
+	admin_work_forget(peer);
 	(void)loop_watch_free(peer->watch);
 	outbox_deinit(&peer->outbox);
 	(void)close(peer->fd);
@@ -617,6 +640,7 @@ void admin_init(struct admin *admin, struct server *server)
 	*admin = (struct admin){.server = server};
 	list_init(&admin->peers);
 	list_init(&admin->waits);
+	list_init(&admin->works);
 }
 
 void admin_deinit(struct admin *admin)

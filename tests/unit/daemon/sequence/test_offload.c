@@ -490,6 +490,8 @@ static void test_own_requests(void **state)
 	struct own own;
 
 	(void)state;
+	assert_int_equal(own_call(fixture, &own, KVG_OP_OFFLOAD, model->handle), -EBUSY);
+	assert_non_null(strstr(own.request.text, "not released"));
 	assert_int_equal(call(fixture, KVG_OP_IDLE, model->handle), 0);
 	assert_int_equal(own_call(fixture, &own, KVG_OP_OFFLOAD, model->handle), 0);
 	assert_int_equal(slot_of(model)->flags, KVG_SLOT_OFFLOADED | KVG_SLOT_IDLE);
@@ -514,6 +516,7 @@ static void test_own_requests_end_with_the_worker(void **state)
 		struct fixture *fixture = fixture_of(0, HOST);
 		struct model *model = read_some(fixture, SCORES_RANDOM);
 
+		assert_int_equal(call(fixture, KVG_OP_IDLE, model->handle), 0);
 		own_start(fixture, &own[0], KVG_OP_OFFLOAD, model->handle);
 		own_start(fixture, &own[1], KVG_OP_RESTORE, model->handle);
 		for (unsigned k = 0; k < turns; k++)
