@@ -12,6 +12,7 @@ struct server {
 	struct loop *loop;
 	struct executor *executor;
 	struct pool *pool;
+	struct host_tier *tier; /* pool->tier, owned here */
 	struct tenant **tenants;
 	size_t tenant_count;
 	struct budgets *budgets; /* of the tenants, in the same order */

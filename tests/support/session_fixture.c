@@ -8,6 +8,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "daemon/tier/host.h"
+
 /* ---- the loop ---- */
 
 static bool ask(void *user)
@@ -65,12 +67,14 @@ struct session *session_new(void)
 	assert_int_equal(pool_new(server->loop, server->executor, session->kind, 16 * SESSION_EXTENT, SESSION_EXTENT,
 				 &server->pool),
 		0);
+	assert_int_equal(host_tier_new(server->pool, SESSION_HOST, &server->tier), 0);
 	server->tenants = calloc(2, sizeof(struct tenant *));
 	assert_non_null(server->tenants);
 	for (; server->tenant_count < 2; server->tenant_count++) {
 		assert_int_equal(tenant_new(server->pool, names[server->tenant_count], SESSION_BUDGET,
 					 &server->tenants[server->tenant_count]),
 			0);
+		server->tenants[server->tenant_count]->host.account->max = SESSION_HOST;
 		server->tenants[server->tenant_count]->socket = "/nowhere";
 	}
 	server->state_dir = "/state";
@@ -102,9 +106,11 @@ void session_free(struct session *session)
 	assert_int_equal(server->pool->quota.account->charged, 0);
 	assert_int_equal(server->pool->quota.account->promised, 0);
 	assert_int_equal(server->pool->live, 0);
+	assert_int_equal(server->pool->host.account->charged, 0);
 	loop_poller_remove(server->loop, &asker, session);
 	server_end(server);
 	(void)executor_free(server->executor);
+	(void)host_tier_free(server->tier);
 	(void)pool_free(server->pool);
 	(void)kind_free(session->kind);
 	for (size_t i = 0; i < server->tenant_count; i++)
