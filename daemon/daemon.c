@@ -22,6 +22,7 @@
 #include "daemon/session/listener.h"
 #include "daemon/session/pressure.h"
 #include "daemon/session/worker.h"
+#include "daemon/tier/host.h"
 
 #define STOP_POLL_NS      UINT64_C(1000000)
 #define LOST_LIMIT_NS     UINT64_C(5000000000) /* for the end of an orderly stop once the device is lost */
@@ -212,10 +213,10 @@ static int start_memory(struct daemon *daemon)
 	if (r >= 0)
 		r = pool_new(server->loop, server->executor, daemon->kind, daemon->config->device_size,
 			daemon->extent_size, &server->pool);
+	if (r >= 0)
+		r = host_tier_new(server->pool, daemon->config->host_size, &server->tier);
 	if (r < 0)
 		log_error("memory: %s", strerror(-r));
-	else
-		server->pool->host.account->max = daemon->config->host_size;
 	return r;
 }
 
@@ -538,6 +539,7 @@ static void stop(struct daemon *daemon)
 		reserve_stop_all(server->pool);
 	server->executor = executor_free(server->executor);
 	server->budgets = budgets_free(server->budgets);
+	server->tier = host_tier_free(server->tier);
 	server->pool = pool_free(server->pool);
 	if (!daemon->options->kind)
 		daemon->kind = kind_free(daemon->kind);

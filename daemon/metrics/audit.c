@@ -112,11 +112,8 @@ static void see_block(struct walk *walk, uint32_t worker, uint32_t ids_per_exten
 	walk->audit->rows[walk->extents[index].tenant].blocks++;
 }
 
-/*
- * A chain of frames, all of one tenant, which no other object refers to. `bytes` are what the object says it has:
- * whole frames, or what lies in them.
- */
-static void see_chain(struct walk *walk, const char *object, uint32_t tenant, uint32_t first, uint64_t bytes)
+/* A chain of frames, all of one tenant, which no other object refers to. Returns its bytes. */
+static uint64_t see_chain(struct walk *walk, const char *object, uint32_t tenant, uint32_t first)
 {
 	const struct meta_header *header = walk->header;
 	uint64_t count = 0;
@@ -124,17 +121,15 @@ static void see_chain(struct walk *walk, const char *object, uint32_t tenant, ui
 	for (uint32_t at = first; at; at = walk->frames[at - 1].next, count++) {
 		if (at > header->frame_count || walk->frames[at - 1].tenant != tenant + 1) {
 			differ(walk, "%s: frame %u of the host tier is not its tenant's", object, at - 1);
-			return;
+			break;
 		}
 		if (walk->seen_frames[at - 1]) {
 			differ(walk, "%s: frame %u of the host tier is another object's, too", object, at - 1);
-			return;
+			break;
 		}
 		walk->seen_frames[at - 1] = 1;
 	}
-	if (bytes > count * header->frame_size || !bytes != !count)
-		differ(walk, "%s: %" PRIu64 " bytes on the host in %" PRIu64 " frames of %u", object, bytes, count,
-			header->frame_size);
+	return count * header->frame_size;
 }
 
 struct sequence_walk {
@@ -220,11 +215,16 @@ static uint64_t see_relocation(const struct sequence_walk *at, uint32_t record)
 static void see_host(const struct sequence_walk *at, const char *object)
 {
 	uint32_t tenant = at->walk->workers[at->worker].tenant;
+	uint64_t retained;
 
 	if (at->seq.residency == META_RESIDENT && at->seq.image)
 		differ(at->walk, "%s: it is resident and has an image", object);
-	see_chain(at->walk, object, tenant, at->seq.image, at->seq.image_bytes);
-	see_chain(at->walk, object, tenant, at->seq.retained, at->seq.retained_bytes);
+	expect(at->walk, object, "bytes of its image", see_chain(at->walk, object, tenant, at->seq.image),
+		at->seq.image_bytes);
+	retained = see_chain(at->walk, object, tenant, at->seq.retained);
+	if (at->seq.retained_bytes > retained)
+		differ(at->walk, "%s: %" PRIu64 " bytes retained in frames of %" PRIu64, object, at->seq.retained_bytes,
+			retained);
 }
 
 static void see_sequence(const struct sequence_walk *at)

@@ -12,6 +12,7 @@
 #include "proto/size.h"
 #include "daemon/metrics/audit.h"
 #include "daemon/session/worker.h"
+#include "daemon/tier/host.h"
 #include "proto/frame.h"
 
 #define MESSAGE_MAX   4096u
@@ -77,7 +78,11 @@ static uint64_t count_reserved(const struct server *server)
 
 static uint64_t count_overhead(const struct server *server)
 {
-	uint64_t bytes = meta_physical(server->pool->meta);
+	const struct pool *pool = server->pool;
+	uint64_t bytes = meta_physical(pool->meta), populated = pool->tier ? host_tier_populated(pool->tier) : 0;
+
+	if (populated > pool->host.account->charged) /* free frames, for whoever comes next */
+		bytes += populated - pool->host.account->charged;
 
 	for (const struct list *node = server->workers.next; node != &server->workers; node = node->next)
 		bytes += worker_overhead(list_entry(node, struct worker, node));

@@ -195,36 +195,101 @@ static bool works_are_over(struct session *session)
 	return list_empty(&session->admin.works) && list_empty(&session->admin.peers);
 }
 
+static bool operator_has_gone(struct session *session)
+{
+	return list_empty(&session->admin.peers);
+}
+
 static bool work_is_taken(struct session *session)
 {
 	return !list_empty(&session->admin.works);
+}
+
+/* Keeps the executor busy until the test says so: nothing that is begun meanwhile ends. */
+struct gate {
+	struct job job;
+	int fds[2];
+	bool passed;
+};
+
+static void gate_run(struct job *job)
+{
+	char byte;
+
+	while (read(list_entry(job, struct gate, job)->fds[0], &byte, 1) < 0)
+		;
+}
+
+static void gate_done(struct job *job)
+{
+	list_entry(job, struct gate, job)->passed = true;
+}
+
+static void gate_close(struct scene *scene, struct gate *gate)
+{
+	*gate = (struct gate){.job = {.run = gate_run, .done = gate_done}};
+	assert_int_equal(pipe(gate->fds), 0);
+	executor_submit(scene->session->server.executor, &gate->job);
+}
+
+static bool is_passed(struct session *session)
+{
+	return ((const struct gate *)session->user)->passed;
+}
+
+static void gate_open(struct scene *scene, struct gate *gate)
+{
+	assert_int_equal(write(gate->fds[1], "", 1), 1);
+	session_run(scene->session, is_passed, gate);
+	assert_int_equal(close(gate->fds[0]), 0);
+	assert_int_equal(close(gate->fds[1]), 0);
 }
 
 /* The operator has gone before the work is done: it is done all the same. */
 static void test_operator_goes(void **state)
 {
 	struct scene *scene = *state;
+	struct gate gate;
 
 	assert_int_equal(submit_op(scene, KVG_OP_IDLE).status, 0);
+	gate_close(scene, &gate);
 	send_work(scene, OFFLOAD, 0);
 	session_run(scene->session, work_is_taken, NULL);
 	session_peer_free(scene->client);
 	scene->client = NULL;
+	session_run(scene->session, operator_has_gone, NULL);
+	gate_open(scene, &gate);
 	session_run(scene->session, works_are_over, NULL);
 	scene->client = session_connect_admin(scene->session);
 	expect_state(scene, "offloaded", true);
+}
+
+static bool is_closing(struct session *session)
+{
+	return session->server.worker_count == 0 || session_worker(session, 0)->closing;
+}
+
+/* The worker is taken down, and then what is under way ends. */
+static void refused_late(struct scene *scene, struct gate *gate)
+{
+	session_run(scene->session, is_closing, NULL);
+	assert_false(list_empty(&scene->session->admin.works));
+	gate_open(scene, gate);
+	assert_int_equal(receive(scene)->body_case, KVG__ADMIN_REPLY__BODY_ERROR);
 }
 
 /* The worker has: the operator is told. */
 static void test_worker_goes(void **state)
 {
 	struct scene *scene = *state;
+	struct gate gate;
 
 	assert_int_equal(submit_op(scene, KVG_OP_IDLE).status, 0);
+	gate_close(scene, &gate);
 	send_work(scene, OFFLOAD, 0);
 	session_run(scene->session, work_is_taken, NULL);
 	worker_kill(session_worker(scene->session, 0), NULL);
-	assert_int_equal(receive(scene)->body_case, KVG__ADMIN_REPLY__BODY_ERROR);
+	refused_late(scene, &gate);
 	assert_int_equal(scene->reply->error->status, -ECANCELED);
 	assert_non_null(strstr(scene->reply->error->text, "its worker has gone"));
 	session_wait_empty(scene->session);
