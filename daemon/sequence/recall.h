@@ -10,12 +10,14 @@
  * wider window of R, and protected ones, all come back. So, with nothing lost for lack of host memory,
  *     recall(evict(x, r), R) holds exactly the pairs of evict(x, R)    for r <= R
  * where evictions came at the policy's chunk boundaries and evict(x, r) is a part of evict(x, R); where it is not, the
- * recall holds the pairs of both. It is a part for each level, with ties, but for two cases:
+ * recall holds the pairs of both. It is a part for each level, with ties, but for three cases:
  *   - `adakv-layer` rounds a head's safe share down to a fifth of its share in whole pairs. With one pair more in each
  *     head the safe ones can take more places than there are new ones, and the other pairs of the layer have fewer.
  *     With N tokens in the range and H heads that takes N (R' - r') < 1.25 (1 + 1 / H).
  *   - With a floor and several ranges, where r n is less than the window: then r' is 0, the window of r is smaller than
  *     that of R, and the ranges have other borders. What a floor has kept in one need not be the best of the other's.
+ *   - ONCE where r n is less than the window: the window counts in the share, and the rest of it, by rounding less than
+ *     a pair for each row, goes to other pairs. With R n a little more, but whole, there is no rest.
  * A threshold policy's evictions are as at ratio 1; a recall brings what CHUNKED keeps at R besides what is held.
  * Where pairs were lost, they count as the lowest of their row: all pairs of evict(x, R) that are left come back.
  *

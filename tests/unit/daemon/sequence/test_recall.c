@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/sequence/compute.h"
 #include "daemon/sequence/retain.h"
 #include "daemon/tier/host.h"
 #include "tests/support/space_model.h"
@@ -327,6 +328,216 @@ static void test_adakv_is_not_monotone(void **state)
 	fixture_free(fixture);
 }
 
+/*
+ * ONCE, where r n is less than the window: the window counts in the share and all but fills it. What is left of the
+ * share goes to other pairs, up to one for each row, and is less where r n is whole.
+ */
+static void test_once_is_not_monotone(void **state)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = HOST});
+	struct kvg_policy policy = chunked;
+	struct model *whole, *model;
+	uint64_t came;
+
+	(void)state;
+	policy.mode = KVG_MODE_ONCE;
+	whole = read_prompt(fixture, &policy, 0.052, SCORES_RANDOM, false);
+	model = read_prompt(fixture, &policy, 0.0518, SCORES_RANDOM, false);
+	assert_false(is_part(model, whole));
+	came = take_over(model, whole);
+	assert_int_equal(came, model->rows); /* the window is one position wider */
+	assert_int_equal(recall_ratio(model, 0.052), 0);
+	check_recall(model, came);
+	model_release(whole);
+	model_release(model);
+	fixture_free(fixture);
+}
+
+/* ---- anything at any time ---- */
+
+/* What evictions at another ratio leave, with the same scores, after the chunks that have been read. */
+static uint64_t predict_recall(struct model *model, double ratio)
+{
+	uint32_t total = model->policy.prefix_tokens + model->policy.context_tokens;
+	uint32_t read = model->committed < total ? model->committed : total;
+	uint32_t chunk = model->policy.chunk_tokens ? model->policy.chunk_tokens : total;
+	size_t size = (size_t)model->rows * model->max_tokens;
+	struct model other = *model;
+	uint64_t came;
+
+	other.policy.ratio = ratio;
+	other.prune_start = 0;
+	other.held = calloc(size, sizeof(bool));
+	assert_non_null(other.held);
+	for (other.committed = 0; other.committed < read;) {
+		uint32_t end = chunk < read - other.committed ? other.committed + chunk : read;
+
+		for (uint32_t row = 0; row < other.rows; row++)
+			memset(other.held + (size_t)row * other.max_tokens + other.committed, 1, end - other.committed);
+		other.committed = end;
+		(void)model_predict(&other, KVG_EVICT_PREFILL);
+	}
+	came = take_over(model, &other);
+	free(other.held);
+	return came;
+}
+
+static void do_something(struct model *model, struct random *random)
+{
+	uint32_t total = model->policy.prefix_tokens + model->policy.context_tokens, chunk = model->policy.chunk_tokens;
+	double ratio = 0.1 + 0.9 * random_below(random, 1000) / 1000.0;
+
+	if (model->committed < total) {
+		uint32_t rest = total - model->committed;
+
+		assert_int_equal(model_append(model, chunk < rest ? chunk : rest), 0);
+		model_evict(model, KVG_EVICT_PREFILL);
+	} else if (random_below(random, 2)) {
+		assert_int_equal(model_append(model, 1 + random_below(random, 60)), 0);
+		model_evict(model, KVG_EVICT_DECODE);
+	}
+	check_store(model);
+	if (random_below(random, 2)) {
+		uint64_t came = predict_recall(model, ratio);
+
+		if (recall_ratio(model, ratio) < 0)
+			fail_msg("%s", model->fixture->text);
+		check_recall(model, came);
+	}
+}
+
+static struct kvg_policy any_policy(struct random *random)
+{
+	struct kvg_policy policy = chunked;
+
+	policy.level = (uint8_t)random_below(random, 3); /* adakv is not monotone */
+	policy.prefix_tokens = random_below(random, 40);
+	policy.context_tokens = 300 + random_below(random, 600);
+	policy.chunk_tokens = 100 + random_below(random, 400);
+	policy.window = random_below(random, 30);
+	policy.budget = 60 + random_below(random, 200);
+	policy.max_new_tokens = 1200;
+	policy.ratio = 0.1;
+	return policy;
+}
+
+static void run_churn(size_t extent_size, unsigned evictions, uint64_t seed)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = HOST, .extent_size = extent_size});
+	struct compute_ops ops = *fixture->space->compute;
+	struct random random = {.state = seed};
+	struct model *models[5] = {NULL};
+
+	ops.evictions = evictions;
+	fixture->space->compute = &ops;
+	for (unsigned i = 0; i < 120; i++) {
+		unsigned at = random_below(&random, 5);
+		struct kvg_policy policy = any_policy(&random);
+
+		if (!models[at]) {
+			models[at] = model_new(fixture, &policy, (enum score_pattern)random_below(&random, 7));
+		} else if (models[at]->committed > models[at]->policy.context_tokens + 800) {
+			model_release(models[at]);
+			models[at] = NULL;
+		} else {
+			do_something(models[at], &random);
+		}
+	}
+	for (unsigned i = 0; i < 5; i++) {
+		if (!models[i])
+			continue;
+		model_check(models[i]);
+		model_release(models[i]);
+	}
+	assert_int_equal(fixture->tenant->host.account->charged, 0);
+	fixture_free(fixture);
+}
+
+static void test_churn(void **state)
+{
+	static const size_t sizes[] = {16 << 10, 64 << 10, 1 << 20};
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
+		for (uint64_t seed = 1; seed <= 3; seed++)
+			run_churn(sizes[i], seed == 3 ? META_RECORDS : 1, seed * 7919 + i);
+}
+
+/* Recalls and evictions of several sequences, submitted together, one behind the other or at a time. */
+static void run_together(unsigned evictions)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = HOST, .extent_size = 16 << 10});
+	struct compute_ops ops = *fixture->space->compute;
+	struct kvg_policy policy = chunked;
+	struct call *calls[6];
+	struct model *models[6];
+	uint64_t moved[6];
+
+	ops.evictions = evictions;
+	fixture->space->compute = &ops;
+	policy.budget = 120;
+	for (unsigned i = 0; i < 6; i++) {
+		models[i] = read_prompt(fixture, &policy, 0.3, (enum score_pattern)i, false);
+		assert_int_equal(model_append(models[i], 50 + i), 0);
+	}
+	for (unsigned i = 0; i < 6; i++) {
+		struct kvg_sqe sqe = {.op = i % 2 ? KVG_OP_RECALL : KVG_OP_EVICT, .seq = models[i]->handle};
+
+		if (i % 2)
+			sqe.recall.ratio = 0.8;
+		else
+			sqe.evict.mode = KVG_EVICT_DECODE;
+		sqe.generation = fixture_generation(fixture, sqe.seq);
+		moved[i] = i % 2 ? predict_recall(models[i], 0.8) : model_predict(models[i], KVG_EVICT_DECODE);
+		calls[i] = fixture_start(fixture, &sqe);
+	}
+	for (unsigned i = 0; i < 6; i++) {
+		fixture_wait(fixture, calls[i]);
+		assert_int_equal(calls[i]->request.cqe.status, 0);
+		assert_int_equal(calls[i]->request.cqe.value[1], moved[i]);
+	}
+	assert_int_equal(fixture->space->evict_reserve, 0);
+	fixture_acknowledge(fixture);
+	for (unsigned i = 0; i < 6; i++) {
+		model_check(models[i]);
+		check_store(models[i]);
+		model_release(models[i]);
+	}
+	fixture_free(fixture);
+}
+
+static void test_together(void **state)
+{
+	(void)state;
+	run_together(1);
+	run_together(META_RECORDS);
+}
+
+/* Copies in several slices each. */
+static void test_large_pairs(void **state)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = 64 << 20,
+		.k_dim = 1024,
+		.v_dim = 1024,
+		.k_dtype = KVG_F32,
+		.v_dtype = KVG_F32,
+		.pool_size = 128 << 20,
+		.extent_size = 1 << 20});
+	struct kvg_policy policy = chunked;
+	struct model *model;
+	uint64_t came;
+
+	(void)state;
+	policy.chunk_tokens = 0;
+	model = read_prompt(fixture, &policy, 0.1, SCORES_RANDOM, false);
+	assert_true(retained(model) * retain_pair_bytes(&store_of(model)->form) > 12 << 20);
+	came = predict_recall(model, 0.9);
+	assert_int_equal(recall_ratio(model, 0.9), 0);
+	check_recall(model, came);
+	model_release(model);
+	fixture_free(fixture);
+}
+
 /* ---- decoding ---- */
 
 static void decode(struct model *model, unsigned events)
@@ -643,6 +854,10 @@ int main(void)
 		cmocka_unit_test(test_within_a_prompt),
 		cmocka_unit_test(test_threshold),
 		cmocka_unit_test(test_adakv_is_not_monotone),
+		cmocka_unit_test(test_once_is_not_monotone),
+		cmocka_unit_test(test_churn),
+		cmocka_unit_test(test_together),
+		cmocka_unit_test(test_large_pairs),
 		cmocka_unit_test(test_decoding_goes_on),
 		cmocka_unit_test(test_budget),
 		cmocka_unit_test(test_little_host_memory),
