@@ -49,6 +49,24 @@ static void test_create_promises(void **state)
 	fixture_free(fixture);
 }
 
+/* The tenant has sequences elsewhere, too. */
+static void test_sequences_of_the_tenant(void **state)
+{
+	struct fixture *fixture = fixture_new(NULL);
+	const struct kvg_policy policy = {.context_tokens = 1};
+	uint64_t handle, none;
+
+	(void)state;
+	fixture->tenant->limits.sequences = 2;
+	fixture->tenant->sequences++;
+	assert_int_equal(fixture_create(fixture, &policy, &handle), 0);
+	assert_int_equal(fixture_create(fixture, &policy, &none), -EUSERS);
+	assert_int_equal(fixture_account(fixture)->refusals, 0);
+	fixture->tenant->sequences--;
+	assert_int_equal(fixture_create(fixture, &policy, &none), 0);
+	fixture_free(fixture);
+}
+
 static void test_all_slots(void **state)
 {
 	struct fixture *fixture = fixture_new(&(struct fixture_options){.max_sequences = 3});
@@ -282,6 +300,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_create_promises),
 		cmocka_unit_test(test_all_slots),
+		cmocka_unit_test(test_sequences_of_the_tenant),
 		cmocka_unit_test(test_reserve_in_stripes),
 		cmocka_unit_test(test_reserve_to_the_budget),
 		cmocka_unit_test(test_max_tokens),
