@@ -466,7 +466,7 @@ static void fill_budget(Kvg__Budget *budget, const struct tenant *tenant)
 	budget->host_charged = host->charged;
 }
 
-static void send_budget(struct admin_peer *peer, uint64_t id, const struct tenant *tenant)
+void admin_send_budget(struct admin_peer *peer, uint64_t id, const struct tenant *tenant, const char *standing)
 {
 	Kvg__Budget budget = KVG__BUDGET__INIT;
 	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
@@ -474,6 +474,7 @@ static void send_budget(struct admin_peer *peer, uint64_t id, const struct tenan
 	fill_budget(&budget, tenant);
 	budget.has_live = true;
 	budget.live = budgets_are_live(peer->admin->server->budgets, tenant->index);
+	budget.standing = (char *)(uintptr_t)standing;
 	reply.body_case = KVG__ADMIN_REPLY__BODY_BUDGET;
 	reply.budget = &budget;
 	reply_send(peer, &reply, id);
@@ -497,7 +498,7 @@ static void on_budget_get(struct admin_peer *peer, uint64_t id, const char *name
 	const struct tenant *tenant = named_tenant(peer, id, name);
 
 	if (tenant)
-		send_budget(peer, id, tenant);
+		admin_send_budget(peer, id, tenant, NULL);
 }
 
 static void on_budget_set(struct admin_peer *peer, uint64_t id, const Kvg__BudgetSet *set)
@@ -506,7 +507,7 @@ static void on_budget_set(struct admin_peer *peer, uint64_t id, const Kvg__Budge
 						     set->host_min, set->host_high, set->host_max},
 		.set = {set->has_device_min, set->has_device_high, set->has_device_max, set->has_host_min,
 			set->has_host_high, set->has_host_max}};
-	const struct tenant *tenant = named_tenant(peer, id, set->tenant);
+	struct tenant *tenant = named_tenant(peer, id, set->tenant);
 	char text[BUDGET_TEXT];
 	int r;
 
@@ -516,12 +517,12 @@ static void on_budget_set(struct admin_peer *peer, uint64_t id, const Kvg__Budge
 	if (r < 0)
 		reply_error(peer, id, r, text);
 	else
-		send_budget(peer, id, tenant);
+		admin_settle_budget(peer, id, tenant);
 }
 
 static void on_budget_reset(struct admin_peer *peer, uint64_t id, const char *name)
 {
-	const struct tenant *tenant = named_tenant(peer, id, name);
+	struct tenant *tenant = named_tenant(peer, id, name);
 	char text[BUDGET_TEXT];
 	int r;
 
@@ -531,7 +532,15 @@ static void on_budget_reset(struct admin_peer *peer, uint64_t id, const char *na
 	if (r < 0)
 		reply_error(peer, id, r, text);
 	else
-		send_budget(peer, id, tenant);
+		admin_settle_budget(peer, id, tenant);
+}
+
+static void on_reclaim(struct admin_peer *peer, uint64_t id, const Kvg__Reclaim *reclaim)
+{
+	struct tenant *tenant = named_tenant(peer, id, reclaim->tenant);
+
+	if (tenant)
+		admin_settle_reclaim(peer, id, tenant, reclaim->has_bytes ? reclaim->bytes : UINT64_MAX);
 }
 
 /* ---- connections ---- */
@@ -563,6 +572,9 @@ static void dispatch(struct admin_peer *peer, const Kvg__AdminRequest *request)
 	case KVG__ADMIN_REQUEST__BODY_BUDGET_RESET:
 		on_budget_reset(peer, request->id, request->budget_reset->tenant);
 		break;
+	case KVG__ADMIN_REQUEST__BODY_RECLAIM:
+		on_reclaim(peer, request->id, request->reclaim);
+		break;
 	case KVG__ADMIN_REQUEST__BODY_SEQUENCE_WORK:
 		admin_work(peer, request->id, request->sequence_work);
 		break;
@@ -576,6 +588,7 @@ static void peer_free(struct admin_peer *peer)
 	list_remove(&peer->node);
 	forget_waits(peer);
 	admin_work_forget(peer);
+	admin_settle_forget(peer);
 	(void)loop_watch_free(peer->watch);
 	outbox_deinit(&peer->outbox);
 	(void)close(peer->fd);
@@ -646,6 +659,7 @@ void admin_init(struct admin *admin, struct server *server)
 	list_init(&admin->peers);
 	list_init(&admin->waits);
 	list_init(&admin->works);
+	list_init(&admin->settles);
 }
 
 void admin_deinit(struct admin *admin)
@@ -654,4 +668,5 @@ void admin_deinit(struct admin *admin)
 
 	while ((node = list_pop(&admin->peers)))
 		peer_free(list_entry(node, struct admin_peer, node));
+	admin_settle_deinit(admin);
 }

@@ -13,6 +13,7 @@ struct admin {
 	struct server *server;
 	struct list peers;
 	struct list works;    /* on sequences, under way; see admin_work.c */
+	struct list settles;  /* budgets and reclaims that wait for memory; see admin_settle.c */
 	struct list waits;    /* requests for the status, which wait for usage_job */
 	struct job usage_job; /* asks the device for the bytes in use; on the executor when usage_pending */
 	bool usage_pending;

@@ -25,4 +25,18 @@ void admin_work(struct admin_peer *peer, uint64_t id, const Kvg__SequenceWork *w
 /* The connection ends: what it asked for goes on, and nobody is answered. */
 void admin_work_forget(const struct admin_peer *peer);
 
+/* What the tenant's budget is now; standing: why it is not met, or NULL. */
+void admin_send_budget(struct admin_peer *peer, uint64_t id, const struct tenant *tenant, const char *standing);
+
+/*
+ * admin_settle.c: answered when the memory that has to come back has, or none is on its way: a budget that was set,
+ * and a reclaim of so many bytes.
+ */
+void admin_settle_budget(struct admin_peer *peer, uint64_t id, struct tenant *tenant);
+void admin_settle_reclaim(struct admin_peer *peer, uint64_t id, struct tenant *tenant, uint64_t bytes);
+
+/* The connection ends: nobody is answered. The admin ends: nobody waits. */
+void admin_settle_forget(const struct admin_peer *peer);
+void admin_settle_deinit(struct admin *admin);
+
 #endif
