@@ -10,9 +10,10 @@
 #include "tests/stress/later.h"
 #include "tests/stress/stress.h"
 
-#define STAGING     (1u << 20)
-#define LIFETIME_MS 3000
-#define SEQUENCES   8u
+#define STAGING   (1u << 20)
+#define SHORT_NS  3000000000ull
+#define LONG_NS   20000000000ull /* longer than any deadline of the daemon's */
+#define SEQUENCES 8u
 
 static struct kvg_client *come(struct stress_task *task, const char *name)
 {
@@ -37,7 +38,7 @@ static struct kvg_client *come(struct stress_task *task, const char *name)
 static int stay_away(struct stress_task *task, struct kvg_client *client)
 {
 	struct pollfd polled = {.fd = kvg_fd(client), .events = POLLRDHUP};
-	uint64_t end = stress_now_ns() + LIFETIME_MS * 1000000ull;
+	uint64_t end = stress_now_ns() + (stress_between(&task->seat->seed, 0, 3) ? SHORT_NS : LONG_NS);
 
 	while (stress_now_ns() < end && !__atomic_load_n(&task->shared->ending, __ATOMIC_ACQUIRE)) {
 		if (poll(&polled, 1, 50) != 1)

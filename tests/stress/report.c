@@ -28,6 +28,9 @@ static struct stress_counts total(const struct war *war)
 		sum.pairs_dropped += counts->pairs_dropped;
 		sum.pairs_recalled += counts->pairs_recalled;
 		sum.disconnected += counts->disconnected;
+		sum.refused_ns += counts->refused_ns;
+		if (counts->refused_longest_ns > sum.refused_longest_ns)
+			sum.refused_longest_ns = counts->refused_longest_ns;
 	}
 	return sum;
 }
@@ -104,6 +107,8 @@ json_t *report_war(const struct war *war)
 	set(json, "bytes_checked", sum.bytes_checked);
 	set(json, "pairs_dropped", sum.pairs_dropped);
 	set(json, "pairs_recalled", sum.pairs_recalled);
+	set(json, "refused_ms_in_all", sum.refused_ns / 1000000);
+	set(json, "refused_longest_ms", sum.refused_longest_ns / 1000000);
 	(void)json_object_set_new(json, "processes", processes(war, &sum));
 	(void)json_object_set_new(json, "tenants", tenants(war));
 	(void)json_object_set_new(json, "operations", operations(war, &sum));

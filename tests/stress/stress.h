@@ -65,6 +65,7 @@ struct stress_answers {
 struct stress_counts {
 	struct stress_answers op[OP_COUNT];
 	uint64_t tokens, checks, bytes_checked, pairs_dropped, pairs_recalled, disconnected;
+	uint64_t refused_ns, refused_longest_ns; /* until a refusal came */
 };
 
 /* One measured call. */

@@ -34,7 +34,7 @@ struct worker {
 	struct body_kv kv;
 	struct body body[BODIES];
 	float *scores;
-	uint64_t random, due_ns;
+	uint64_t random, due_ns, asked_ns;
 	uint32_t longest;               /* context that a new sequence may have: less while there is no room */
 	uint32_t death_op, death_after; /* enum stress_op + 1: dies in that many of them */
 	uint32_t operations_left;
@@ -75,6 +75,7 @@ static void perhaps_die(struct worker *w, enum stress_op op)
 
 static void ask(struct worker *w, enum stress_op op)
 {
+	w->asked_ns = stress_now_ns();
 	__atomic_store_n(&w->seat->op, (uint32_t)op + 1, __ATOMIC_RELEASE);
 	perhaps_die(w, op);
 }
@@ -82,7 +83,11 @@ static void ask(struct worker *w, enum stress_op op)
 static int refused(struct worker *w, enum stress_op op)
 {
 	const char *text = kvg_error(w->client), *wrong = refusal_wrong(text, w->task->min);
+	uint64_t ns = stress_now_ns() - w->asked_ns;
 
+	w->counts->refused_ns += ns;
+	if (ns > w->counts->refused_longest_ns)
+		w->counts->refused_longest_ns = ns;
 	w->counts->op[op].refused++;
 	(void)snprintf(w->seat->text, sizeof(w->seat->text), "%s", text);
 	if (!wrong)
