@@ -633,7 +633,8 @@ static void memory_again(struct memory_wait *wait)
 
 	if (space_job_ended(request->space))
 		return;
-	request->grow_status = 0;
+	request->grow_status = request->cqe.status = 0;
+	request->text[0] = '\0';
 	request->after(request);
 }
 
