@@ -184,7 +184,7 @@ static struct stress_seat *choose_victim(struct war *war)
 		struct stress_seat *seat = &war->shared->seats[(first + i) % STRESS_SEATS];
 		uint32_t op = __atomic_load_n(&seat->op, __ATOMIC_ACQUIRE);
 
-		if (!seat->pid || seat->kind == KIND_STEADY)
+		if (!seat->pid || seat->kind != KIND_GOOD)
 			continue;
 		if (op == OP_EVICT + 1 || op == OP_DECODE_EVICT + 1 || op > OP_FREE + 1)
 			return seat;

@@ -416,6 +416,8 @@ static int feed(struct worker *w, struct body *body)
 
 	ask(w, OP_RESERVE);
 	r = answer(w, OP_RESERVE, kvg_reserve(w->client, body->seq, count));
+	if (r == -ENOSPC && w->kv.view.slots[(uint32_t)body->seq].reserved_pos >= body->pos + count)
+		return found(w, -EBADMSG, "reserve", "refused, and there is the room");
 	return r ? r : write_tokens(w, body, count);
 }
 
