@@ -344,7 +344,6 @@ static void test_relief_answers_a_number_that_was_asked_with(void **state)
 
 static void test_a_worker_that_holds_memory_back_is_disconnected_with_a_reason(void **state)
 {
-	struct fixture_usage usage;
 	struct kvg_cqe cqe;
 	struct scene scene;
 
@@ -356,9 +355,7 @@ static void test_a_worker_that_holds_memory_back_is_disconnected_with_a_reason(v
 	assert_names(scene.mute.text, "1.0 MiB");
 	assert_names(scene.mute.text, "ms");
 	(void)assert_granted(&scene.other);
-	fixture_tenant(&scene.fixture, "search", &usage);
-	assert_int_equal(usage.workers, 1);
-	assert_int_equal(usage.unreturned, 0);
+	assert_true(fixture_wait_gone(&scene.fixture, 1, 0, FIXTURE_WAIT_MS));
 	scene_close(&scene);
 }
 

@@ -37,8 +37,11 @@ void observer_close(struct observer *observer);
 /* One look at the tenants: no max passed, now or ever, and the pool holds all of it. */
 void observer_sample(struct observer *observer, uint64_t period_ns);
 
-/* Recounts: clean, physical bytes as charged; and the kernel's sum over the daemon's memory within the pool. */
-void observer_audit(struct observer *observer);
+/*
+ * Recounts: clean, physical bytes as charged and kept for a min; and the kernel's sum over the daemon's memory within
+ * the pool. Returns the physical bytes of the books.
+ */
+uint64_t observer_audit(struct observer *observer);
 
 /* All workers are gone: waits until what is charged is only kept for tenants or published, then looks at everything. */
 void observer_end(struct observer *observer);

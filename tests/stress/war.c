@@ -216,7 +216,7 @@ static void look(struct war *war, bool replace)
 	observer_sample(&war->observer, WAR_SAMPLE_NS);
 	now = stress_now_ns();
 	if (now >= war->next_audit_ns) {
-		observer_audit(&war->observer);
+		(void)observer_audit(&war->observer);
 		war->next_audit_ns = now + AUDIT_NS;
 	}
 	perhaps_kill(war, now);
