@@ -27,8 +27,10 @@ int client_entries_new(struct kvg_client *client)
 
 static int submit(struct kvg_client *client, const struct kvg_sqe *sqe, const struct entry *content)
 {
-	/* One place is kept for acknowledgements, so that memory can go back whatever the caller has in flight. */
-	uint32_t room = client->ring.capacity - (content->kind == ENTRY_ACK ? 0 : 1);
+	/* One place is kept for acknowledgements and relief, so that memory can go back whatever the caller has in
+	 * flight. */
+	bool kept = content->kind == ENTRY_ACK || content->kind == ENTRY_RELIEF;
+	uint32_t room = client->ring.capacity - (kept ? 0 : 1);
 	uint32_t index = client->free_entry;
 	struct kvg_sqe wire = *sqe;
 	struct entry *entry;
@@ -126,6 +128,7 @@ static int complete(struct kvg_client *client, struct completion *completion)
 	if (!entry || completion->cqe.status > 0)
 		return client_break(client, -EPROTO, "daemon: completion %llx with status %d belongs to no entry",
 			(unsigned long long)completion->cqe.user_data, completion->cqe.status);
+	completion->op = entry->op;
 	completion->moved = client_refresh(client, entry->op, &completion->cqe);
 	switch (entry->kind) {
 	case ENTRY_USER:
@@ -150,6 +153,7 @@ static int complete(struct kvg_client *client, struct completion *completion)
 			r = client_break(client, -EPROTO, "daemon: refuses that event %u is unmapped: %s",
 				entry->argument, completion->text);
 		break;
+	case ENTRY_RELIEF:
 	case ENTRY_FREE:
 		break;
 	}
@@ -197,7 +201,9 @@ int client_advance(struct kvg_client *client)
 		ring_advance(&client->ring);
 		r = complete(client, &completion);
 	}
-	return r < 0 ? r : acknowledge(client);
+	if (r == 0)
+		r = acknowledge(client);
+	return r < 0 ? r : client_relieve(client);
 }
 
 static uint64_t now_ns(void)
@@ -222,7 +228,7 @@ static int something_ready(struct kvg_client *client)
 {
 	const struct kvg_cqe *cqe;
 
-	return peek_ready(client, &cqe) ?: ring_events(&client->ring) != client->events;
+	return peek_ready(client, &cqe) ?: ring_events(&client->ring) != client->events || client_is_pressed(client);
 }
 
 /* Looks until something is there or the spinning time is over: 1, 0 or a broken connection's status. */
@@ -261,7 +267,7 @@ static int doze(struct kvg_client *client)
 
 	ring_set_sleeping(&client->ring, true);
 	r = peek_ready(client, &cqe);
-	if (r == 0 && poll(&poll_fd, 1, -1) < 0 && errno != EINTR)
+	if (r == 0 && !client_is_pressed(client) && poll(&poll_fd, 1, -1) < 0 && errno != EINTR)
 		r = client_break(client, -errno, "control socket: %s", strerror(errno));
 	ring_set_sleeping(&client->ring, false);
 	return r < 0 ? r : client_receive(client);
@@ -353,8 +359,10 @@ int client_finish(struct kvg_client *client, uint64_t seq, uint8_t op, const cha
 		link = &(*link)->next;
 	*link = pending->next;
 	client->call = pending->completion;
+	/* An eviction's gate has moved it already. */
+	r = pending->gate ? 0 : client_move_counter(client, &client->call);
 	free(pending);
-	return call_status(client);
+	return r < 0 ? r : call_status(client);
 }
 
 int client_return_memory(struct kvg_client *client)
@@ -364,6 +372,19 @@ int client_return_memory(struct kvg_client *client)
 
 	while (r == 0 && (int32_t)(client->ack_done - event) < 0)
 		r = client_wait(client);
+	return r;
+}
+
+int client_call_for_room(struct kvg_client *client, const struct kvg_sqe *sqe)
+{
+	uint32_t returned = client->ack_done;
+	int r = client_call(client, sqe);
+
+	if (r == -ENOSPC && returned != client->drop_event) {
+		r = client_return_memory(client);
+		if (r == 0)
+			r = client_call(client, sqe);
+	}
 	return r;
 }
 

@@ -32,11 +32,12 @@
 
 enum entry_kind {
 	ENTRY_FREE = 0,
-	ENTRY_USER,  /* of kvg_submit() */
-	ENTRY_CALL,  /* a call waits for it */
-	ENTRY_STAGE, /* reads a piece of the staging area */
-	ENTRY_ACK,   /* acknowledges dropped extents */
-	ENTRY_ASYNC, /* of a call whose _finish() takes the completion */
+	ENTRY_USER,   /* of kvg_submit() */
+	ENTRY_CALL,   /* a call waits for it */
+	ENTRY_STAGE,  /* reads a piece of the staging area */
+	ENTRY_ACK,    /* acknowledges dropped extents */
+	ENTRY_ASYNC,  /* of a call whose _finish() takes the completion */
+	ENTRY_RELIEF, /* answers pressure */
 };
 
 /* What a STAGE entry's rows occupy until it is read. */
@@ -56,6 +57,7 @@ struct entry {
 struct completion {
 	struct kvg_cqe cqe;
 	char text[KVG_TEXT_SIZE];
+	uint8_t op; /* of its entry */
 	bool moved; /* the sequence's counter of appended tokens has changed */
 };
 
@@ -72,7 +74,9 @@ struct pending {
 
 /* A sequence as of its last completion. */
 struct sequence {
-	uint32_t epoch, generation, fold_pos, committed_pos, reserved_pos;
+	uint32_t epoch, generation, fold_pos, committed_pos, reserved_pos, shared_pos;
+	uint32_t flags;   /* KVG_SLOT_* */
+	uint32_t counted; /* the generation that the counter of appended tokens belongs to */
 };
 
 /* The layout in use, in the terms of one row. */
@@ -101,6 +105,7 @@ struct kvg_client {
 	uint32_t ack_sent;   /* acknowledged up to this event */
 	uint32_t ack_done;   /* the bytes up to this event are back in the pool */
 	bool ack_in_flight;
+	uint32_t relieved; /* the last number of `pressure` that was answered */
 
 	/* Entries in flight and completions for kvg_reap(). */
 	struct ring ring;
@@ -119,6 +124,8 @@ struct kvg_client {
 	/* The layout, when one is registered. */
 	bool registered;
 	struct gpu *gpu; /* NULL on the host kind */
+	struct kvg_layout layout;
+	uint8_t gate_digest[KVG_KEY_SIZE]; /* SHA-256 of the gate's file; zeros without one */
 	struct model model;
 	struct arena arena;
 	struct table table;
@@ -132,11 +139,15 @@ struct kvg_client {
 
 /* ---- error.c ---- */
 
-/* The caller's turn until the end of the block. */
+/* The caller's turn until the end of the block, which begins with an answer to pressure; for the quiet one it does
+ * not: its calls may be made while a stream is captured. */
 struct kvg_client *client_turn_take(struct kvg_client *client);
+struct kvg_client *client_turn_quiet(struct kvg_client *client);
 void client_turn_end(struct kvg_client **client);
 #define CLIENT_TURN(client)                                                                                            \
 	struct kvg_client *turn __attribute__((cleanup(client_turn_end), unused)) = client_turn_take(client)
+#define CLIENT_QUIET_TURN(client)                                                                                      \
+	struct kvg_client *turn __attribute__((cleanup(client_turn_end), unused)) = client_turn_quiet(client)
 
 /* 0; -EOPNOTSUPP with the call's name when the memory is of the kind host. */
 int client_check_cuda(struct kvg_client *client, const char *call);
@@ -189,8 +200,26 @@ int client_finish(struct kvg_client *client, uint64_t seq, uint8_t op, const cha
 /* Submits an entry and waits for its completion, which is client->call. An error's text is in kvg_error(). */
 int client_call(struct kvg_client *client, const struct kvg_sqe *sqe);
 
+/* The same for an entry that takes memory: what evictions freed may have been on its way back, for
+ * kvg_evict_finish() does not wait for it; then once again. */
+int client_call_for_room(struct kvg_client *client, const struct kvg_sqe *sqe);
+
 /* Waits until the extents asked back so far are unmapped and their bytes in the pool. */
 int client_return_memory(struct kvg_client *client);
+
+/* ---- pressure.c ---- */
+
+/* Answers a request for memory that is new, when what was dropped is acknowledged and the rings have room: 0, or the
+ * status of the ended connection. Never waits. */
+int client_relieve(struct kvg_client *client);
+
+/* Whether there is one that can be answered now. */
+bool client_is_pressed(const struct kvg_client *client);
+
+/* ---- keys.c ---- */
+
+/* Keeps the digest of a gate's file (a sealed memfd) for the keys of contexts. 0 or a negative errno. */
+int client_keep_gate(struct kvg_client *client, int fd);
 
 /* ---- stage.c ---- */
 
@@ -207,7 +236,13 @@ int client_stage(struct kvg_client *client, const struct kvg_sqe *sqe, enum stag
  * when it names no sequence of this connection. */
 struct sequence *client_sequence(struct kvg_client *client, uint64_t seq, int *ret_status);
 
-/* Takes over what the tables say about the sequence of a completed operation. Whether its counter of appended tokens
+/* An entry for a sequence with its current generation. */
+struct kvg_sqe client_entry(uint8_t op, uint64_t seq, const struct sequence *sequence);
+
+/* 0; -EPROTO, and the connection is broken, when the daemon's new sequence is not in its table. */
+int client_check_new(struct kvg_client *client, uint64_t seq, const char *how);
+
+/* Takes over what the tables say about the sequences of a completed operation. Whether its counter of appended tokens
  * has changed. */
 bool client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe *cqe);
 

@@ -362,7 +362,7 @@ static int reserve_arena(struct kvg_client *client, uint32_t slots, uint64_t ext
 		(unsigned long long)extent_size, arena_error(arena, r));
 }
 
-static int take_registered(struct kvg_client *client, struct model *model)
+static int take_registered(struct kvg_client *client, const struct kvg_layout *layout, struct model *model)
 {
 	const struct kvg_frame *frame = &client->reply_frame;
 	const Kvg__Registered *reply;
@@ -395,6 +395,7 @@ static int take_registered(struct kvg_client *client, struct model *model)
 					  client->ring.capacity) < 0)
 		return client_break(client, -ENOMEM, "no memory for %u sequences", model->max_sequences);
 	client->model = *model;
+	client->layout = *layout;
 	client->registered = true;
 	return 0;
 }
@@ -417,7 +418,7 @@ int kvg_register(struct kvg_client *client, const struct kvg_layout *layout, uin
 		r = request_registration(client, layout, staging_bytes);
 	if (r < 0)
 		return r;
-	r = take_registered(client, &model);
+	r = take_registered(client, layout, &model);
 	client_reply_free(client);
 	return r;
 }
@@ -464,10 +465,12 @@ int kvg_load_gate(struct kvg_client *client, const char *path)
 	request.body_case = KVG__WORKER_REQUEST__BODY_LOAD_GATE;
 	request.load_gate = &load;
 	r = client_request(client, &request, &fd, 1);
+	if (r == 0) {
+		r = check_reply(client, KVG__WORKER_REPLY__BODY_GATE_LOADED, 0);
+		client_reply_free(client);
+	}
+	if (r == 0)
+		r = client_keep_gate(client, fd);
 	(void)close(fd);
-	if (r < 0)
-		return r;
-	r = check_reply(client, KVG__WORKER_REPLY__BODY_GATE_LOADED, 0);
-	client_reply_free(client);
 	return r;
 }

@@ -5,10 +5,18 @@
 #include <stdio.h>
 #include <string.h>
 
-struct kvg_client *client_turn_take(struct kvg_client *client)
+struct kvg_client *client_turn_quiet(struct kvg_client *client)
 {
 	if (client && client->gpu)
 		(void)pthread_mutex_lock(&client->gpu->lock);
+	return client;
+}
+
+struct kvg_client *client_turn_take(struct kvg_client *client)
+{
+	(void)client_turn_quiet(client);
+	if (client && client_is_pressed(client))
+		(void)client_advance(client); /* the call finds out for itself when the connection has ended */
 	return client;
 }
 

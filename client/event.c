@@ -116,10 +116,16 @@ int client_receive(struct kvg_client *client)
 static int wait_socket(struct kvg_client *client, short events)
 {
 	struct pollfd poll_fd = {.fd = client->socket, .events = events};
+	int r;
 
-	if (poll(&poll_fd, 1, -1) < 0 && errno != EINTR)
+	if (client->entries)
+		ring_set_sleeping(&client->ring, true);
+	if (!client_is_pressed(client) && poll(&poll_fd, 1, -1) < 0 && errno != EINTR)
 		return client_break(client, -errno, "control socket: %s", strerror(errno));
-	return client_receive(client);
+	if (client->entries)
+		ring_set_sleeping(&client->ring, false);
+	r = client_receive(client);
+	return r == 0 && client->entries ? client_advance(client) : r;
 }
 
 static int send_request(struct kvg_client *client, const Kvg__WorkerRequest *request, const int *fds, unsigned fd_count)

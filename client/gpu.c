@@ -68,7 +68,7 @@ void gpu_release_waits(struct gpu *gpu)
 
 static void take_turn(struct kvg_client *client)
 {
-	CLIENT_TURN(client);
+	CLIENT_QUIET_TURN(client);
 	client->background = true;
 	(void)client_advance(client);
 	client->background = false;

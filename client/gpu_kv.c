@@ -81,7 +81,7 @@ int kvg_cuda_append(struct kvg_client *client, uint32_t layer, uint32_t count, c
 
 	if (r < 0)
 		return r;
-	CLIENT_TURN(client);
+	CLIENT_QUIET_TURN(client);
 	r = check(client, "kvg_cuda_append");
 	if (r < 0)
 		return r;
@@ -99,7 +99,7 @@ int kvg_cuda_advance(struct kvg_client *client, const uint32_t *slots, uint32_t 
 
 	if (r < 0)
 		return r;
-	CLIENT_TURN(client);
+	CLIENT_QUIET_TURN(client);
 	r = check(client, "kvg_cuda_advance");
 	if (r < 0)
 		return r;
@@ -191,7 +191,7 @@ int kvg_cuda_plan(struct kvg_client *client, uint32_t layer_begin, uint32_t laye
 
 	if (r < 0)
 		return r;
-	CLIENT_TURN(client);
+	CLIENT_QUIET_TURN(client);
 	r = check(client, "kvg_cuda_plan");
 	if (r == 0 && (!layer_count || layer_begin >= client->model.layers ||
 			      layer_count > client->model.layers - layer_begin || !sequences))
@@ -219,7 +219,7 @@ int kvg_cuda_attend(struct kvg_client *client, uint32_t layer, float scale, cons
 
 	if (r < 0)
 		return r;
-	CLIENT_TURN(client);
+	CLIENT_QUIET_TURN(client);
 	r = check(client, "kvg_cuda_attend");
 	plan = plan_of(client->gpu);
 	if (r == 0 && (layer < plan.layer_begin || layer - plan.layer_begin >= plan.layer_count))
@@ -248,7 +248,7 @@ int kvg_cuda_export_table(struct kvg_client *client, uint32_t layer, uint32_t se
 
 	if (r < 0)
 		return r;
-	CLIENT_TURN(client);
+	CLIENT_QUIET_TURN(client);
 	r = check(client, "kvg_cuda_export_table");
 	if (r < 0)
 		return r;
@@ -270,7 +270,7 @@ int kvg_cuda_export_csr(struct kvg_client *client, uint32_t layer, uint32_t sequ
 
 	if (r < 0)
 		return r;
-	CLIENT_TURN(client);
+	CLIENT_QUIET_TURN(client);
 	r = check(client, "kvg_cuda_export_csr");
 	if (r < 0)
 		return r;

@@ -48,17 +48,21 @@ static CUresult write_timeline(struct gpu *gpu)
 
 static bool waits_for_stream(uint8_t op)
 {
-	return op == KVG_OP_STAGE || op == KVG_OP_EVICT || op == KVG_OP_TRUNCATE || op == KVG_OP_FREE;
+	return op == KVG_OP_STAGE || op == KVG_OP_EVICT || op == KVG_OP_TRUNCATE || op == KVG_OP_FREE ||
+	       op == KVG_OP_OFFLOAD || op == KVG_OP_IDLE || op == KVG_OP_RECALL || op == KVG_OP_PUBLISH ||
+	       op == KVG_OP_FORK;
 }
 
 static bool signals(uint8_t op)
 {
-	return op == KVG_OP_STAGE || op == KVG_OP_EVICT || op == KVG_OP_RESERVE;
+	return op == KVG_OP_STAGE || op == KVG_OP_EVICT || op == KVG_OP_RESERVE || op == KVG_OP_OFFLOAD ||
+	       op == KVG_OP_RESTORE || op == KVG_OP_RECALL || op == KVG_OP_PUBLISH || op == KVG_OP_FORK;
 }
 
 static bool moves_counter(const struct gpu *gpu, uint8_t op)
 {
-	return (op == KVG_OP_COMMIT && !gpu->advances) || op == KVG_OP_CREATE;
+	return (op == KVG_OP_COMMIT && !gpu->advances) || op == KVG_OP_CREATE || op == KVG_OP_ATTACH ||
+	       op == KVG_OP_RESTORE;
 }
 
 int gpu_order(struct kvg_client *client, struct kvg_sqe *sqe)

@@ -82,6 +82,8 @@ static int find_span(const struct kvg_client *client, uint64_t seq, uint32_t lay
 	if (slot >= model->max_sequences || !(seq >> 32) || client->sequences[slot].epoch != seq >> 32)
 		return -ENOENT;
 	sequence = &client->sequences[slot];
+	if (sequence->flags)
+		return -EBUSY;
 	if (pos < sequence->fold_pos || pos > sequence->reserved_pos || count > sequence->reserved_pos - pos)
 		return -ERANGE;
 	row = table_row(&client->table, layer, slot, head);
@@ -117,6 +119,8 @@ int kvg_append(const struct kvg_client *client, uint64_t seq, uint32_t layer, ui
 
 	if (r || !count)
 		return r;
+	if (pos < client->sequences[(uint32_t)seq].shared_pos)
+		return -ERANGE;
 	if (!blocks_mapped(client, span.row.ids, span.first / KVG_BLOCK_TOKENS, block_end(span.end)))
 		return -EPROTO;
 	kvg_row_append(&span.row, span.first, count, k, k_stride, v, v_stride);

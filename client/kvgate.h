@@ -16,10 +16,14 @@
  * - A client is used by one thread at a time, except kvg_append(), kvg_attend() and
  *   kvg_view(), which any number of threads may call at once between other calls; these
  *   three only return their errno (-ENOENT: no such sequence; -ERANGE: positions that are not
- *   reserved, or folded; -EINVAL: no layout, layer or head; -EPROTO: the daemon's tables make no
- *   sense) and leave kvg_error() alone.
- * - No reader or writer of a sequence may run while its eviction or free does. On the cuda kind that holds for
- *   kernels by itself, when they are in the client's stream (kvg_set_stream()).
+ *   reserved, or folded, or to be written and shared; -EBUSY: the sequence is on the host or idle; -EINVAL: no
+ *   layout, layer or head; -EPROTO: the daemon's tables make no sense) and leave kvg_error() alone.
+ * - No reader or writer of a sequence may run while its eviction, recall, publication, fork, offload or free does. On
+ * the cuda kind that holds for kernels by itself, when they are in the client's stream (kvg_set_stream()).
+ * - When the daemon is short of memory it asks for what a worker can give (kvg_pressure()). The next call, of any kind
+ *   but kvg_append(), kvg_attend(), kvg_view() and kvg_cuda_*(), and every call that waits, unmaps what was asked back
+ *   and answers. A worker that makes no call at all for too long may lose its connection: kvg_process() will do, when
+ *   kvg_fd() is readable.
  * - Nothing here is a macro or an inline function that a caller needs: every type has
  *   plain fields and fixed sizes, so that any language's FFI can use the library.
  *
@@ -205,6 +209,104 @@ struct kvg_sequence_info {
 };
 int kvg_query(struct kvg_client *client, uint64_t seq, struct kvg_sequence_info *ret);
 
+/* ---- the host's memory (of a tenant with a host budget; -ENOSPC names it, its use and the need) ---- */
+
+/*
+ * Sends the sequence's blocks to the host; *ret_bytes (may be NULL) is what they take there. Its device memory, the
+ * rest of its admission and what was reserved and not committed are back in the pool when this returns. Nobody may
+ * read or write the sequence until kvg_restore() or kvg_reserve() has returned 0: kvg_append() and kvg_attend() then
+ * say -EBUSY, as calls that need the blocks do. It comes back bit for bit, with its lengths and its generation.
+ */
+int kvg_offload(struct kvg_client *client, uint64_t seq, uint64_t *ret_bytes);
+
+/* Brings it back, or ends its idleness, under its old admission; nothing when it is in use. -ENOSPC says how many bytes
+ * of device memory are missing; it stays where it is then. kvg_reserve() does the same, and reserves. */
+int kvg_restore(struct kvg_client *client, uint64_t seq);
+
+/*
+ * Releases the sequence: until kvg_restore() or kvg_reserve() nobody reads or writes it, so that the daemon may send it
+ * to the host when memory is short. Costs nothing while it is not.
+ */
+int kvg_idle(struct kvg_client *client, uint64_t seq);
+
+struct kvg_recall_result {
+	uint64_t pairs_held, pairs_recalled;
+	uint64_t bytes; /* of the sequence's blocks */
+	uint32_t generation;
+	uint32_t reserved;
+};
+
+/*
+ * Brings pairs back that evictions dropped and the host kept (KVG_POLICY_RETAIN_HOST), best first, until the sequence
+ * holds what evictions at that ratio, above 0 to 1, would have left it; nothing held goes. What the host had no room
+ * for does not come back. Everything committed is folded, as by an eviction. ret may be NULL.
+ */
+int kvg_recall(struct kvg_client *client, uint64_t seq, double ratio, struct kvg_recall_result *ret);
+
+/* The same up to `budget` tokens per head on average. */
+int kvg_recall_budget(struct kvg_client *client, uint64_t seq, uint32_t budget, struct kvg_recall_result *ret);
+
+/* ---- contexts: what several sequences of a tenant share ---- */
+
+struct kvg_context_info {
+	uint64_t id;       /* of this tenant's contexts */
+	uint64_t bytes;    /* of its blocks, which are charged once */
+	uint32_t tokens;   /* positions 0 .. tokens - 1 are its */
+	uint32_t attached; /* sequences */
+	uint32_t existed;  /* kvg_publish(): another sequence had published that key */
+	uint32_t reserved;
+};
+
+/*
+ * Seals what the sequence holds, with all committed tokens, as a context that others of the tenant find by `key`. The
+ * sequence goes on as one that is attached to it: its full blocks are the context's, and only what comes after is
+ * evicted. When the key is taken by an equal context, the sequence is attached to that one; -EEXIST: by one of other
+ * tokens or lengths. The context outlives the sequence, until the daemon needs its memory. ret may be NULL.
+ */
+int kvg_publish(struct kvg_client *client, uint64_t seq, const uint8_t key[KVG_KEY_SIZE], struct kvg_context_info *ret);
+
+/* The context of that key. -ENOENT: this tenant has none, whoever else may. */
+int kvg_find(struct kvg_client *client, const uint8_t key[KVG_KEY_SIZE], struct kvg_context_info *ret);
+
+/* The last of `count` keys, [count][KVG_KEY_SIZE], that there is a context of, with its index. -ENOENT: none. */
+int kvg_find_longest(struct kvg_client *client, const uint8_t *keys, uint32_t count, uint32_t *ret_index,
+	struct kvg_context_info *ret);
+
+/*
+ * A new sequence that begins with the context of that key: its tokens are committed, and the next one is at position
+ * ret->tokens. policy is for what comes after it: the context's tokens count as prefix, besides prefix_tokens. -ENOENT:
+ * there is no such context (any more). ret may be NULL.
+ */
+int kvg_attach(struct kvg_client *client, const uint8_t key[KVG_KEY_SIZE], const struct kvg_policy *policy,
+	uint64_t *ret_seq, struct kvg_context_info *ret);
+
+/*
+ * `count` copies of a sequence, all or none, at its committed position and under its policy. They and the sequence
+ * share their full blocks; each has a copy of the last, partly filled one. What they share is evicted by none of them.
+ */
+int kvg_fork(struct kvg_client *client, uint64_t seq, uint32_t count, uint64_t *ret_seqs);
+
+/*
+ * Keys by which workers find each other's contexts: key i, of [ceil(count / chunk)][KVG_KEY_SIZE], names the context of
+ * exactly the first min((i + 1) * chunk, count) tokens under this layout, gate and policy (chunk 0: one key, of all).
+ * Workers that are to find each other use the same chunk; the policy's is a good one, for contexts can be published
+ * between chunks.
+ *
+ * Each is the SHA-256 of the link before it and of the chunk's tokens as 32-bit numbers. The first link is the SHA-256
+ * of "kvgate context 1", the layout (model padded with NUL to 128 bytes, hidden_dim, group_count, and all fields of
+ * each group but reserved ones), the SHA-256 of the gate's file (zeros without one), and of the policy ratio (64 bits),
+ * mode, level, flags without KVG_POLICY_RETAIN_HOST, prefix_tokens, chunk_tokens, window, floor and threshold; all
+ * little endian and of 32 bits where nothing else is said.
+ */
+int kvg_context_keys(struct kvg_client *client, const struct kvg_policy *policy, const uint32_t *tokens, uint32_t count,
+	uint32_t chunk, uint8_t *ret_keys);
+
+/* ---- the connection's rings ---- */
+
+/* Not 0: the daemon is short of memory and has asked for what is idle: a new number each time, which this very call
+ * answers for what the library can give. Idle sequences (kvg_idle()) and freed ones are the caller's to give. */
+uint32_t kvg_pressure(struct kvg_client *client);
+
 /* A round trip through the rings that does nothing. */
 int kvg_nop(struct kvg_client *client);
 
@@ -224,7 +326,7 @@ int kvg_submit(struct kvg_client *client, const struct kvg_sqe *entry);
  */
 int kvg_reap(struct kvg_client *client, struct kvg_cqe *ret, const char **texts, uint32_t max, uint32_t min);
 
-/* Handles control events (extents that come and go, pressure, goodbye) without waiting. */
+/* Handles control events (extents that come and go, goodbye) and answers pressure, without waiting. */
 int kvg_process(struct kvg_client *client);
 
 /* Bytes of extents that are mapped now: granted and not asked back. What is charged for this worker when nothing is

@@ -134,6 +134,11 @@ uint32_t ring_events(const struct ring *ring)
 	return __atomic_load_n(&ring->shared->events, __ATOMIC_ACQUIRE);
 }
 
+uint32_t ring_pressure(const struct ring *ring)
+{
+	return __atomic_load_n(&ring->shared->pressure, __ATOMIC_SEQ_CST);
+}
+
 void ring_set_sleeping(struct ring *ring, bool sleeping)
 {
 	(void)__atomic_exchange_n(&ring->shared->sleeping, sleeping, __ATOMIC_SEQ_CST);

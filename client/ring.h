@@ -50,6 +50,9 @@ void ring_advance(struct ring *ring);
 /* Control events that the daemon says it has sent. */
 uint32_t ring_events(const struct ring *ring);
 
+/* The number of the daemon's last request for memory, or 0. */
+uint32_t ring_pressure(const struct ring *ring);
+
 /* Announces that the worker is about to sleep, in one total order with ring_peek()'s look, or has woken. */
 void ring_set_sleeping(struct ring *ring, bool sleeping);
 

@@ -40,22 +40,41 @@ struct sequence *client_sequence(struct kvg_client *client, uint64_t seq, int *r
 	return &client->sequences[slot];
 }
 
-/* The counter that kernels add to base_len: tokens since the last eviction. Only what moves the end sets it. */
-static bool set_appended(struct kvg_client *client, uint32_t slot, uint8_t op, bool folded)
+/* Operations after which a sequence of another generation is in use: what was appended is folded. */
+static bool may_fold(uint8_t op)
 {
-	const struct sequence *now = &client->sequences[slot];
-	uint32_t appended = now->committed_pos - now->fold_pos;
+	return op == KVG_OP_EVICT || op == KVG_OP_RECALL || op == KVG_OP_PUBLISH || op == KVG_OP_RESERVE ||
+	       op == KVG_OP_RESTORE;
+}
 
-	if (op != KVG_OP_COMMIT && op != KVG_OP_TRUNCATE && op != KVG_OP_CREATE && op != KVG_OP_FREE && !folded)
+static bool moves_end(uint8_t op)
+{
+	return op == KVG_OP_COMMIT || op == KVG_OP_TRUNCATE || op == KVG_OP_CREATE || op == KVG_OP_ATTACH ||
+	       op == KVG_OP_FORK || op == KVG_OP_FREE;
+}
+
+/* The counter that kernels add to base_len: tokens since the last eviction. Only what moves the end sets it. */
+static bool set_appended(struct kvg_client *client, uint32_t slot, uint8_t op)
+{
+	struct sequence *now = &client->sequences[slot];
+
+	if (!moves_end(op) && !(may_fold(op) && now->counted != now->generation))
 		return false;
-	__atomic_store_n(appended_counter(client, slot), appended, __ATOMIC_RELAXED);
+	now->counted = now->generation;
+	__atomic_store_n(appended_counter(client, slot), now->committed_pos - now->fold_pos, __ATOMIC_RELAXED);
 	/* Steps may be enqueued ahead of their commits, and move the device's counter themselves. */
 	return !(op == KVG_OP_COMMIT && client->gpu && client->gpu->advances);
 }
 
+/* The sequence that an operation's counter belongs to: a fork's is the new one. */
+static uint64_t counter_owner(uint8_t op, const struct kvg_cqe *cqe)
+{
+	return op == KVG_OP_FORK && cqe->status == 0 ? cqe->value[1] : cqe->seq;
+}
+
 int client_move_counter(struct kvg_client *client, const struct completion *completion)
 {
-	uint32_t slot = (uint32_t)completion->cqe.seq;
+	uint32_t slot = (uint32_t)counter_owner(completion->op, &completion->cqe);
 	const struct sequence *now;
 
 	if (!client->gpu || !completion->moved)
@@ -64,35 +83,55 @@ int client_move_counter(struct kvg_client *client, const struct completion *comp
 	return gpu_set_appended(client, slot, now->committed_pos - now->fold_pos);
 }
 
-bool client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe *cqe)
+/* Takes over what the table says about a slot. */
+static void refresh_slot(struct kvg_client *client, uint32_t slot)
 {
-	uint32_t slot = (uint32_t)cqe->seq;
-	const struct kvg_slot *shared;
-	struct sequence before, now;
-
-	if (!client->registered || !cqe->seq || slot >= client->model.max_sequences)
-		return false;
-	shared = &client->table.slots[slot];
-	before = client->sequences[slot];
-	now = (struct sequence){
+	const struct kvg_slot *shared = &client->table.slots[slot];
+	const struct sequence now = {
 		.epoch = load(&shared->epoch),
 		.generation = load(&shared->generation),
 		.fold_pos = load(&shared->fold_pos),
 		.committed_pos = load(&shared->committed_pos),
 		.reserved_pos = load(&shared->reserved_pos),
+		.shared_pos = load(&shared->shared_pos),
+		.flags = load(&shared->flags),
+		.counted = client->sequences[slot].counted,
 	};
+
 	/* Not so for an empty slot, nor for what makes no sense: nothing may then be read or written. */
 	if (!now.epoch || now.fold_pos > now.committed_pos || now.committed_pos > now.reserved_pos)
-		now = (struct sequence){0};
-	client->sequences[slot] = now;
-	return cqe->status == 0 &&
-	       set_appended(client, slot, op, op == KVG_OP_EVICT && now.generation != before.generation);
+		client->sequences[slot] = (struct sequence){0};
+	else
+		client->sequences[slot] = now;
 }
 
-/* An entry for a sequence with its current generation. */
-static struct kvg_sqe entry_for(uint8_t op, uint64_t seq, const struct sequence *sequence)
+bool client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe *cqe)
+{
+	uint64_t owner = counter_owner(op, cqe);
+
+	if (!client->registered || !cqe->seq || (uint32_t)cqe->seq >= client->model.max_sequences)
+		return false;
+	refresh_slot(client, (uint32_t)cqe->seq);
+	if (!owner || (uint32_t)owner >= client->model.max_sequences)
+		return false;
+	if (owner != cqe->seq)
+		refresh_slot(client, (uint32_t)owner);
+	return cqe->status == 0 && set_appended(client, (uint32_t)owner, op);
+}
+
+struct kvg_sqe client_entry(uint8_t op, uint64_t seq, const struct sequence *sequence)
 {
 	return (struct kvg_sqe){.op = op, .seq = seq, .generation = sequence->generation};
+}
+
+int client_check_new(struct kvg_client *client, uint64_t seq, const char *how)
+{
+	int r = 0;
+
+	if (client_sequence(client, seq, &r))
+		return 0;
+	return client_break(client, -EPROTO, "daemon: %s sequence %llx, which its table does not hold", how,
+		(unsigned long long)seq);
 }
 
 int kvg_create(struct kvg_client *client, const struct kvg_policy *policy, uint64_t *ret_seq)
@@ -107,11 +146,10 @@ int kvg_create(struct kvg_client *client, const struct kvg_policy *policy, uint6
 	if (r < 0)
 		return r;
 	seq = client->call.cqe.seq;
-	if (!client_sequence(client, seq, &r))
-		return client_break(client, -EPROTO, "daemon: created sequence %llx, which its table does not hold",
-			(unsigned long long)seq);
-	*ret_seq = seq;
-	return 0;
+	r = client_check_new(client, seq, "created");
+	if (r == 0)
+		*ret_seq = seq;
+	return r;
 }
 
 int kvg_reserve(struct kvg_client *client, uint64_t seq, uint32_t tokens)
@@ -120,23 +158,14 @@ int kvg_reserve(struct kvg_client *client, uint64_t seq, uint32_t tokens)
 	int r = 0;
 	const struct sequence *sequence = client_sequence(client, seq, &r);
 	struct kvg_sqe sqe;
-	uint32_t returned;
 
 	if (!sequence)
 		return r;
-	if (sequence->reserved_pos - sequence->committed_pos >= tokens)
+	if (!sequence->flags && sequence->reserved_pos - sequence->committed_pos >= tokens)
 		return 0;
-	sqe = entry_for(KVG_OP_RESERVE, seq, sequence);
+	sqe = client_entry(KVG_OP_RESERVE, seq, sequence);
 	sqe.reserve.tokens = tokens;
-	returned = client->ack_done;
-	r = client_call(client, &sqe);
-	/* What evictions freed may have been on its way back: kvg_evict_finish() does not wait for it. */
-	if (r == -ENOSPC && returned != client->drop_event) {
-		r = client_return_memory(client);
-		if (r == 0)
-			r = client_call(client, &sqe);
-	}
-	return r;
+	return client_call_for_room(client, &sqe);
 }
 
 int kvg_commit(struct kvg_client *client, uint64_t seq, uint32_t tokens)
@@ -152,7 +181,7 @@ int kvg_commit(struct kvg_client *client, uint64_t seq, uint32_t tokens)
 		return client_fail(client, -EINVAL,
 			"sequence %u: commit of %u tokens at position %u passes the reserved %u", (uint32_t)seq, tokens,
 			sequence->committed_pos, sequence->reserved_pos);
-	sqe = entry_for(KVG_OP_COMMIT, seq, sequence);
+	sqe = client_entry(KVG_OP_COMMIT, seq, sequence);
 	sqe.commit.pos = sequence->committed_pos + tokens;
 	return client_call(client, &sqe);
 }
@@ -181,7 +210,7 @@ int kvg_evict(struct kvg_client *client, uint64_t seq, uint32_t mode, struct kvg
 	r = kvg_stage_wait(client);
 	if (r < 0)
 		return r;
-	sqe = entry_for(KVG_OP_EVICT, seq, sequence);
+	sqe = client_entry(KVG_OP_EVICT, seq, sequence);
 	sqe.evict.mode = mode;
 	r = client_call(client, &sqe);
 	if (r < 0)
@@ -221,7 +250,7 @@ int kvg_evict_async(struct kvg_client *client, uint64_t seq, uint32_t mode)
 	pending = calloc(1, sizeof(*pending));
 	if (!pending)
 		return client_fail(client, -ENOMEM, "no memory for a call");
-	sqe = entry_for(KVG_OP_EVICT, seq, sequence);
+	sqe = client_entry(KVG_OP_EVICT, seq, sequence);
 	sqe.evict.mode = mode;
 	return evict_gated(client, &sqe, pending);
 }
@@ -275,7 +304,7 @@ int kvg_truncate(struct kvg_client *client, uint64_t seq, uint32_t pos)
 
 	if (!sequence)
 		return r;
-	sqe = entry_for(KVG_OP_TRUNCATE, seq, sequence);
+	sqe = client_entry(KVG_OP_TRUNCATE, seq, sequence);
 	sqe.truncate.pos = pos;
 	return client_call(client, &sqe);
 }
@@ -289,7 +318,7 @@ int kvg_protect(struct kvg_client *client, uint64_t seq, uint32_t begin, uint32_
 
 	if (!sequence)
 		return r;
-	sqe = entry_for(KVG_OP_PROTECT, seq, sequence);
+	sqe = client_entry(KVG_OP_PROTECT, seq, sequence);
 	sqe.protect.begin = begin;
 	sqe.protect.end = end;
 	return client_call(client, &sqe);
@@ -304,7 +333,7 @@ int kvg_free(struct kvg_client *client, uint64_t seq)
 
 	if (!sequence)
 		return r;
-	sqe = entry_for(KVG_OP_FREE, seq, sequence);
+	sqe = client_entry(KVG_OP_FREE, seq, sequence);
 	r = client_call(client, &sqe);
 	return r < 0 ? r : client_return_memory(client);
 }
@@ -319,7 +348,7 @@ int kvg_query(struct kvg_client *client, uint64_t seq, struct kvg_sequence_info 
 
 	if (!sequence)
 		return r;
-	sqe = entry_for(KVG_OP_QUERY, seq, sequence);
+	sqe = client_entry(KVG_OP_QUERY, seq, sequence);
 	r = client_call(client, &sqe);
 	if (r < 0)
 		return r;

@@ -32,7 +32,11 @@
 #define SPIN_US_MAX       1000000
 #define WAIT_MS_DEFAULT   10000
 #define WAIT_MS_MAX       600000
+#define PRESSURE_MS       10000
+#define PRESSURE_MS_MAX   600000
 #define INDEX_MAX         1023
+#define SEQUENCES_MAX     1000000000u
+#define ENTRIES_MAX       4194304u /* of all workers' rings */
 #define TENANT_NAME_MAX   64
 #define SOCKET_MAX        (sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1)
 #define PASSWD_BUFFER     16384
@@ -40,15 +44,17 @@
 #define KEY_DEVICE_SIZE   0 /* of keys[] */
 #define KEY_EXTENT_SIZE   1
 #define KEY_INDEX         2
+#define KEY_BUDGETS       3 /* min, high, max of each tier */
+#define KEYS              32
 #define SPACES            " \t\r\v\f"
 #define ARRAY_SIZE(a)     (sizeof(a) / sizeof((a)[0]))
 
 enum section { SECTION_NONE, SECTION_POOL, SECTION_DAEMON, SECTION_ADMIN, SECTION_TENANT };
 
-/* Where each thing stood, for messages. */
+/* Where each thing stood, for messages; 0: not there. */
 struct tenant_lines {
 	unsigned name;
-	unsigned device_max;
+	unsigned keys[KEYS]; /* of keys[] */
 };
 
 /*
@@ -62,7 +68,7 @@ struct parser {
 	int error;
 	char *text;
 	enum section section;
-	unsigned seen[16]; /* line of each of keys[] in this section, 0: not there */
+	unsigned seen[KEYS]; /* the same of the sections that are no tenant's */
 	struct tenant_lines *lines;
 	struct config config;
 };
@@ -149,6 +155,16 @@ static void set_spin_us(struct parser *parser, const char *key, const char *valu
 static void set_wait_ms(struct parser *parser, const char *key, const char *value)
 {
 	set_number(parser, key, value, 1, WAIT_MS_MAX, &parser->config.wait_ms);
+}
+
+static void set_pressure_ms(struct parser *parser, const char *key, const char *value)
+{
+	set_number(parser, key, value, 1, PRESSURE_MS_MAX, &parser->config.pressure_ms);
+}
+
+static void set_host_size(struct parser *parser, const char *key, const char *value)
+{
+	set_size(parser, key, value, &parser->config.host_size);
 }
 
 static void set_device_index(struct parser *parser, const char *key, const char *value)
@@ -248,10 +264,52 @@ static void set_tenant_mode(struct parser *parser, const char *key, const char *
 	set_mode(parser, key, value, &last_tenant(parser)->mode);
 }
 
-static void set_device_max(struct parser *parser, const char *key, const char *value)
+static struct budget *last_budget(struct parser *parser, const char *key)
 {
-	last_lines(parser)->device_max = parser->line;
-	set_size(parser, key, value, &last_tenant(parser)->device_max);
+	return &last_tenant(parser)->budgets[key[0] == 'h' ? TENANT_HOST : TENANT_DEVICE];
+}
+
+static void set_min(struct parser *parser, const char *key, const char *value)
+{
+	set_size(parser, key, value, &last_budget(parser, key)->min);
+}
+
+static void set_high(struct parser *parser, const char *key, const char *value)
+{
+	set_size(parser, key, value, &last_budget(parser, key)->high);
+}
+
+static void set_max(struct parser *parser, const char *key, const char *value)
+{
+	set_size(parser, key, value, &last_budget(parser, key)->max);
+}
+
+static void set_max_connections(struct parser *parser, const char *key, const char *value)
+{
+	set_number(parser, key, value, 1, META_MAX_WORKERS, &last_tenant(parser)->limits.connections);
+}
+
+static void set_max_sequences(struct parser *parser, const char *key, const char *value)
+{
+	set_number(parser, key, value, 1, SEQUENCES_MAX, &last_tenant(parser)->limits.sequences);
+}
+
+static void set_max_layouts(struct parser *parser, const char *key, const char *value)
+{
+	set_number(parser, key, value, 1, META_MAX_WORKERS, &last_tenant(parser)->limits.layouts);
+}
+
+static void set_max_entries(struct parser *parser, const char *key, const char *value)
+{
+	set_number(parser, key, value, 1, ENTRIES_MAX, &last_tenant(parser)->limits.entries);
+}
+
+static void set_max_staged_rows(struct parser *parser, const char *key, const char *value)
+{
+	uint32_t rows = 0;
+
+	set_number(parser, key, value, 1, UINT32_MAX, &rows);
+	last_tenant(parser)->limits.staged_rows = rows;
 }
 
 static bool find_uid(const char *name, uid_t *ret)
@@ -312,20 +370,32 @@ static const struct key {
 	[KEY_DEVICE_SIZE] = {SECTION_POOL, "device.size", set_device_size},
 	[KEY_EXTENT_SIZE] = {SECTION_POOL, "extent_size", set_extent_size},
 	[KEY_INDEX] = {SECTION_POOL, "device.index", set_device_index},
+	[KEY_BUDGETS] = {SECTION_TENANT, "device.min", set_min},
+	{SECTION_TENANT, "device.high", set_high},
+	{SECTION_TENANT, "device.max", set_max},
+	{SECTION_TENANT, "host.min", set_min},
+	{SECTION_TENANT, "host.high", set_high},
+	{SECTION_TENANT, "host.max", set_max},
 	{SECTION_POOL, "kind", set_kind},
+	{SECTION_POOL, "host.size", set_host_size},
 	{SECTION_DAEMON, "spin_us", set_spin_us},
 	{SECTION_DAEMON, "isolation", set_isolation},
 	{SECTION_DAEMON, "wait_ms", set_wait_ms},
+	{SECTION_DAEMON, "pressure_ms", set_pressure_ms},
 	{SECTION_ADMIN, "socket", set_admin_socket},
 	{SECTION_ADMIN, "mode", set_admin_mode},
 	{SECTION_ADMIN, "group", set_admin_group},
 	{SECTION_TENANT, "socket", set_tenant_socket},
 	{SECTION_TENANT, "mode", set_tenant_mode},
 	{SECTION_TENANT, "uids", set_uids},
-	{SECTION_TENANT, "device.max", set_device_max},
 	{SECTION_TENANT, "ipc", set_ipc},
+	{SECTION_TENANT, "max_connections", set_max_connections},
+	{SECTION_TENANT, "max_sequences", set_max_sequences},
+	{SECTION_TENANT, "max_layouts", set_max_layouts},
+	{SECTION_TENANT, "max_entries", set_max_entries},
+	{SECTION_TENANT, "max_staged_rows", set_max_staged_rows},
 };
-_Static_assert(ARRAY_SIZE(keys) <= ARRAY_SIZE(((struct parser *)NULL)->seen), "a line for each key");
+_Static_assert(ARRAY_SIZE(keys) <= KEYS, "a line for each key");
 
 static const char *section_name(enum section section)
 {
@@ -338,6 +408,7 @@ static const char *section_name(enum section section)
 static int on_key(void *user, const char *section, const char *name, const char *value)
 {
 	struct parser *parser = user;
+	unsigned *seen = parser->section == SECTION_TENANT ? last_lines(parser)->keys : parser->seen;
 
 	(void)section;
 	if (parser->section == SECTION_NONE) {
@@ -347,11 +418,11 @@ static int on_key(void *user, const char *section, const char *name, const char 
 	for (size_t i = 0; i < ARRAY_SIZE(keys); i++) {
 		if (keys[i].section != parser->section || strcmp(keys[i].name, name) != 0)
 			continue;
-		if (parser->seen[i])
-			fail(parser, -EINVAL, "%s: the key stands in line %u already", name, parser->seen[i]);
+		if (seen[i])
+			fail(parser, -EINVAL, "%s: the key stands in line %u already", name, seen[i]);
 		else
 			keys[i].set(parser, name, value);
-		parser->seen[i] = parser->line;
+		seen[i] = parser->line;
 		return !parser->error;
 	}
 	fail(parser, -EINVAL, "%s: there is no such key in [%s]", name, section_name(parser->section));
@@ -395,11 +466,8 @@ static void add_tenant(struct parser *parser, const char *name)
 		return;
 	}
 	lines[config->tenant_count] = (struct tenant_lines){.name = parser->line};
-	tenants[config->tenant_count++] = (struct config_tenant){.mode = 0600};
+	tenants[config->tenant_count++] = (struct config_tenant){.mode = 0600, .limits = TENANT_LIMITS};
 	set_string(parser, "tenant", name, &last_tenant(parser)->name);
-	for (size_t i = 0; i < ARRAY_SIZE(keys); i++)
-		if (keys[i].section == SECTION_TENANT)
-			parser->seen[i] = 0;
 }
 
 /* line is "[...]" without the spaces around it. */
@@ -521,21 +589,87 @@ static void check_pool(struct parser *parser)
 	parser->line = 0;
 }
 
+static const char *size_key(enum tenant_tier tier)
+{
+	return tier == TENANT_HOST ? "host.size" : "device.size";
+}
+
+/* What tenants can have of a tier; memory of the device comes in whole extents. */
+static uint64_t size_of(const struct config *config, enum tenant_tier tier)
+{
+	return tier == TENANT_HOST ? config->host_size : config->device_size;
+}
+
+/* The line of a budget's key (0: min, 1: high, 2: max), or 0; and its name. */
+static unsigned budget_line(const struct parser *parser, size_t index, enum tenant_tier tier, unsigned which)
+{
+	return parser->lines[index].keys[KEY_BUDGETS + tier * 3u + which];
+}
+
+static const char *budget_key(enum tenant_tier tier, unsigned which)
+{
+	return keys[KEY_BUDGETS + tier * 3u + which].name;
+}
+
+/* Fails when the value of a budget's key is not between two others. */
+static void check_budget(struct parser *parser, size_t index, enum tenant_tier tier, unsigned which, bool wrong,
+	uint64_t value, const char *how, uint64_t limit)
+{
+	char a[KVG_SIZE_TEXT], b[KVG_SIZE_TEXT];
+
+	parser->line = budget_line(parser, index, tier, which);
+	if (wrong)
+		fail(parser, -EINVAL, "%s: %s (%llu bytes) of tenant '%s' is %s, %s (%llu bytes)",
+			budget_key(tier, which), kvg_size_format(value, a), (unsigned long long)value,
+			parser->config.tenants[index].name, how, kvg_size_format(limit, b), (unsigned long long)limit);
+}
+
+static void finish_budget(struct parser *parser, size_t index, enum tenant_tier tier)
+{
+	struct budget *budget = &parser->config.tenants[index].budgets[tier];
+	uint64_t size = size_of(&parser->config, tier);
+	char more[64];
+
+	if (!budget_line(parser, index, tier, 2))
+		budget->max = size;
+	(void)snprintf(more, sizeof(more), "more than %s of [pool]", size_key(tier));
+	check_budget(parser, index, tier, 2, budget->max > size, budget->max, more, size);
+	(void)snprintf(more, sizeof(more), "more than its %s", budget_key(tier, 2));
+	check_budget(parser, index, tier, 0, budget->min > budget->max, budget->min, more, budget->max);
+	check_budget(parser, index, tier, 1, budget->high > budget->max, budget->high, more, budget->max);
+	(void)snprintf(more, sizeof(more), "less than its %s", budget_key(tier, 0));
+	check_budget(
+		parser, index, tier, 1, budget->high && budget->high < budget->min, budget->high, more, budget->min);
+}
+
+/* The min of all tenants are there at once. */
+static void check_sum(struct parser *parser, enum tenant_tier tier)
+{
+	const struct config *config = &parser->config;
+	uint64_t size = size_of(config, tier), sum = 0;
+	char a[KVG_SIZE_TEXT], b[KVG_SIZE_TEXT];
+
+	if (tier == TENANT_DEVICE)
+		size = size / config->extent_size * config->extent_size;
+	for (size_t i = 0; i < config->tenant_count && !parser->error; i++) {
+		sum += config->tenants[i].budgets[tier].min; /* each is at most 4 EiB, and the sum so far, too */
+		parser->line = budget_line(parser, i, tier, 0);
+		if (sum > size)
+			fail(parser, -EINVAL,
+				"%s: with tenant '%s' the min of all tenants are %s (%llu bytes), more than %s of "
+				"[pool], %s (%llu bytes%s)",
+				budget_key(tier, 0), config->tenants[i].name, kvg_size_format(sum, a),
+				(unsigned long long)sum, size_key(tier), kvg_size_format(size, b),
+				(unsigned long long)size, tier == TENANT_DEVICE ? " in whole extents" : "");
+	}
+}
+
 static void finish_tenant(struct parser *parser, size_t index)
 {
-	struct config *config = &parser->config;
-	struct config_tenant *tenant = &config->tenants[index];
-	char max[KVG_SIZE_TEXT], size[KVG_SIZE_TEXT];
+	struct config_tenant *tenant = &parser->config.tenants[index];
 
-	parser->line = parser->lines[index].device_max;
-	if (parser->line == 0)
-		tenant->device_max = config->device_size;
-	else if (tenant->device_max > config->device_size)
-		fail(parser, -EINVAL,
-			"device.max: %s (%llu bytes) of tenant '%s' is more than device.size of [pool], %s (%llu "
-			"bytes)",
-			kvg_size_format(tenant->device_max, max), (unsigned long long)tenant->device_max, tenant->name,
-			kvg_size_format(config->device_size, size), (unsigned long long)config->device_size);
+	finish_budget(parser, index, TENANT_DEVICE);
+	finish_budget(parser, index, TENANT_HOST);
 	if (!tenant->socket && asprintf(&tenant->socket, "%s.sock", tenant->name) < 0) {
 		tenant->socket = NULL;
 		fail(parser, -ENOMEM, "out of memory");
@@ -563,6 +697,10 @@ static void check(struct parser *parser)
 		fail(parser, -EINVAL, "there is no [tenant NAME]");
 	for (size_t i = 0; i < parser->config.tenant_count && !parser->error; i++)
 		finish_tenant(parser, i);
+	if (!parser->error)
+		check_sum(parser, TENANT_DEVICE);
+	if (!parser->error)
+		check_sum(parser, TENANT_HOST);
 	for (size_t i = 0; i < parser->config.tenant_count && !parser->error; i++)
 		check_sockets(parser, i);
 }
@@ -629,7 +767,10 @@ int config_read(const char *path, struct config *ret, char *text)
 {
 	struct parser parser = {.path = path,
 		.text = text,
-		.config = {.spin_us = SPIN_US_DEFAULT, .wait_ms = WAIT_MS_DEFAULT, .admin_mode = 0660}};
+		.config = {.spin_us = SPIN_US_DEFAULT,
+			.wait_ms = WAIT_MS_DEFAULT,
+			.pressure_ms = PRESSURE_MS,
+			.admin_mode = 0660}};
 
 	read_config(&parser);
 	if (!parser.error)

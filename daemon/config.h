@@ -1,10 +1,11 @@
 /*
  * config.h - the configuration file (ini; packaging/kvgated.conf describes every key).
  *
- *   [pool]   kind, device.index, device.size, extent_size
- *   [daemon] spin_us, isolation, wait_ms
+ *   [pool]   kind, device.index, device.size, extent_size, host.size
+ *   [daemon] spin_us, isolation, wait_ms, pressure_ms
  *   [admin]  socket, mode, group
- *   [tenant NAME] socket, mode, uids, device.max, ipc
+ *   [tenant NAME] socket, mode, uids, ipc, device.min, device.high, device.max, host.min, host.high, host.max,
+ *                 max_connections, max_sequences, max_layouts, max_entries, max_staged_rows
  *
  * An unknown section or key, a value of the wrong form, and a value that contradicts another
  * are errors that name file, line, key, value and limit.
@@ -17,6 +18,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "daemon/tenant/tenant.h"
+
 #define CONFIG_TEXT 512
 
 enum config_kind { CONFIG_HOST = 0, CONFIG_CUDA = 1 };
@@ -28,8 +31,13 @@ struct config_tenant {
 	mode_t mode;  /* default 0600 */
 	uid_t *uids;  /* empty: whoever the socket's mode lets in */
 	size_t uid_count;
-	uint64_t device_max; /* default: the pool's size */
-	bool ipc;            /* default no */
+	/*
+	 * By enum tenant_tier; min <= high <= max <= the pool's, and the min of all tenants fit in the pool. Default:
+	 * no min, no high, max as large as the pool.
+	 */
+	struct budget budgets[TENANT_TIERS];
+	struct tenant_limits limits; /* default: TENANT_LIMITS */
+	bool ipc;                    /* default no */
 };
 
 struct config {
@@ -39,9 +47,11 @@ struct config {
 	uint64_t extent_size; /* a power of two, 64 KiB (cuda: 2 MiB) to 1 GiB; default: grows with the pool, at most
 				 about 2000 extents, at least 256 KiB (cuda: about 512 and at least 2 MiB, and from
 				 64 MiB on about 2000) */
+	uint64_t host_size;   /* of the host tier; default 0: there is none */
 	uint32_t spin_us;     /* default 50 */
 	enum config_isolation isolation; /* default shared */
 	uint32_t wait_ms;                /* default 10000 */
+	uint32_t pressure_ms;            /* default 10000 */
 	char *admin_socket;              /* NULL: STATE_DIR/admin.sock */
 	mode_t admin_mode;               /* default 0660 */
 	char *admin_group;               /* NULL: leave the group */

@@ -23,12 +23,15 @@
 #include "daemon/session/listener.h"
 #include "daemon/session/pressure.h"
 #include "daemon/session/worker.h"
+#include "daemon/tier/host.h"
 
 #define STOP_POLL_NS      UINT64_C(1000000)
-#define LOST_LIMIT_NS     UINT64_C(5000000000)  /* for the end of an orderly stop once the device is lost */
-#define PRESSURE_NS       UINT64_C(10000000000) /* for workers to give back what is asked for */
-#define PRESSURE_GRACE_NS UINT64_C(2000000000)  /* longer than that, requests wait: for what a dead worker leaves */
-#define LOOK_NS           1000000000u           /* between looks at the device while there are workers */
+#define LOST_LIMIT_NS     UINT64_C(5000000000) /* for the end of an orderly stop once the device is lost */
+#define PRESSURE_GRACE_NS UINT64_C(2000000000) /* longer than that, requests wait: for what a dead worker leaves */
+#define LOOK_NS           1000000000u          /* between looks at the device while there are workers */
+
+/* For the service manager: what the memory of min may take to be created. */
+#define RESERVE_LIMIT_US UINT64_C(600000000)
 
 struct endpoint {
 	struct server *server;
@@ -61,9 +64,9 @@ static void accept_worker(void *user, int fd, const struct ucred *peer)
 {
 	struct endpoint *endpoint = user;
 
-	if (endpoint->tenant->workers >= WORKER_CONNECTIONS) {
-		worker_refuse(fd, -EUSERS, "%s: %u connections, at most %u", endpoint->tenant->quota.name,
-			endpoint->tenant->workers, WORKER_CONNECTIONS);
+	if (endpoint->tenant->workers >= endpoint->tenant->limits.connections) {
+		worker_refuse(fd, -EUSERS, "%s: %u connections, at most %u (max_connections)",
+			endpoint->tenant->quota.name, endpoint->tenant->workers, endpoint->tenant->limits.connections);
 		(void)close(fd);
 		return;
 	}
@@ -211,9 +214,48 @@ static int start_memory(struct daemon *daemon)
 	if (r >= 0)
 		r = pool_new(server->loop, server->executor, daemon->kind, daemon->config->device_size,
 			daemon->extent_size, &server->pool);
+	if (r >= 0)
+		r = host_tier_new(server->pool, daemon->config->host_size, &server->tier);
 	if (r < 0)
 		log_error("memory: %s", strerror(-r));
 	return r;
+}
+
+static uint64_t at_most(uint64_t value, uint64_t limit)
+{
+	return value < limit ? value : limit;
+}
+
+/* As configured, but for what is no whole extent of the pool and therefore nobody's. */
+static int set_budget(struct tenant *tenant, const struct config_tenant *config, enum tenant_tier tier)
+{
+	const struct pool *pool = tenant->pool;
+	uint64_t most = tier == TENANT_HOST ? pool->host.account->max : pool->quota.account->max;
+	struct budget budget = config->budgets[tier];
+	char text[QUOTA_TEXT];
+	int r;
+
+	budget.max = at_most(budget.max, most);
+	budget.high = at_most(budget.high, most);
+	r = tenant_set_budget(tenant, tier, &budget, text);
+	if (r < 0)
+		log_error("%s", text);
+	return r;
+}
+
+static int start_tenant(struct daemon *daemon, const struct config_tenant *config, struct tenant **ret)
+{
+	struct pool *pool = daemon->server.pool;
+	int r = tenant_new(pool, config->name, 0, ret);
+
+	if (r < 0) {
+		log_error("tenant %s: %s", config->name, strerror(-r));
+		return r;
+	}
+	(*ret)->ipc = config->ipc;
+	(*ret)->limits = config->limits;
+	(*ret)->reclaim = &daemon->server.reclaim;
+	return 0;
 }
 
 static int start_tenants(struct daemon *daemon)
@@ -222,7 +264,7 @@ static int start_tenants(struct daemon *daemon)
 	struct server *server = &daemon->server;
 	int r;
 
-	server->pressure_ns = PRESSURE_NS;
+	server->pressure_ns = (uint64_t)config->pressure_ms * 1000000;
 	server->tenants = calloc(config->tenant_count, sizeof(struct tenant *));
 	daemon->endpoints = calloc(config->tenant_count, sizeof(struct endpoint));
 	if (!server->tenants || !daemon->endpoints)
@@ -232,18 +274,81 @@ static int start_tenants(struct daemon *daemon)
 	if (r < 0)
 		return r;
 	for (; server->tenant_count < config->tenant_count; server->tenant_count++) {
-		const struct config_tenant *tenant = &config->tenants[server->tenant_count];
-
-		r = tenant_new(server->pool, tenant->name, tenant->device_max, &server->tenants[server->tenant_count]);
-
-		if (r < 0) {
-			log_error("tenant %s: %s", tenant->name, strerror(-r));
+		r = start_tenant(
+			daemon, &config->tenants[server->tenant_count], &server->tenants[server->tenant_count]);
+		if (r < 0)
 			return r;
-		}
-		server->tenants[server->tenant_count]->ipc = tenant->ipc;
-		server->tenants[server->tenant_count]->reclaim = &server->reclaim;
 	}
 	return 0;
+}
+
+/* Those of the configuration, then what was set before a restart. */
+static int start_budgets(struct daemon *daemon)
+{
+	struct server *server = &daemon->server;
+	char text[BUDGET_TEXT];
+	int r = 0;
+
+	for (size_t i = 0; r >= 0 && i < server->tenant_count * TENANT_TIERS; i++)
+		r = set_budget(server->tenants[i / TENANT_TIERS], &daemon->config->tenants[i / TENANT_TIERS],
+			(enum tenant_tier)(i % TENANT_TIERS));
+	if (r < 0)
+		return r;
+	r = budgets_new(server->tenants, server->tenant_count, daemon->options->state_dir, &server->budgets);
+	if (r < 0) {
+		log_error("budgets: %s", strerror(-r));
+		return r;
+	}
+	r = budgets_load(server->budgets, text);
+	if (r < 0)
+		log_error("%s", text);
+	return r;
+}
+
+/* Whether the memory of every min is there, or that of some cannot be. */
+static bool reserves_are_decided(const struct server *server, int *ret_status)
+{
+	bool settled = true;
+
+	*ret_status = 0;
+	for (size_t i = 0; i < server->tenant_count; i++) {
+		const struct reserve *reserve = &server->tenants[i]->reserve;
+
+		settled &= reserve_is_settled(reserve);
+		if (!reserve->busy && reserve->status < 0)
+			*ret_status = reserve->status;
+	}
+	return settled || *ret_status < 0;
+}
+
+static void on_reserve(void *user)
+{
+	struct daemon *daemon = user;
+	int status;
+
+	if (reserves_are_decided(&daemon->server, &status))
+		loop_stop(daemon->server.loop);
+}
+
+/*
+ * The daemon is ready when the memory of its tenants' min exists. What cannot be created has been logged. A signal
+ * ends this, too.
+ */
+static int start_reserves(struct daemon *daemon)
+{
+	struct server *server = &daemon->server;
+	int r = 0, status;
+
+	if (!reserves_are_decided(server, &status)) {
+		(void)sd_notifyf(0, "STATUS=Creating the memory of min\nEXTEND_TIMEOUT_USEC=%llu",
+			(unsigned long long)RESERVE_LIMIT_US);
+		server->pool->reserve_ended = on_reserve;
+		server->pool->reserve_user = daemon;
+		r = loop_run(server->loop);
+		server->pool->reserve_ended = NULL;
+		(void)reserves_are_decided(server, &status);
+	}
+	return r < 0 ? r : daemon->stopping ? 0 : status;
 }
 
 /*
@@ -268,6 +373,7 @@ static void check_stopped(void *user)
 static void begin_stop(struct daemon *daemon)
 {
 	daemon->stopping = true;
+	reserve_stop_all(daemon->server.pool);
 	(void)sd_notify(0, "STOPPING=1\nSTATUS=Stopping");
 	for (size_t i = 0; i < daemon->server.tenant_count; i++)
 		close_endpoint(&daemon->endpoints[i]);
@@ -396,6 +502,8 @@ static int start(struct daemon *daemon)
 		r = start_memory(daemon);
 	if (r >= 0)
 		r = start_tenants(daemon);
+	if (r >= 0)
+		r = start_budgets(daemon);
 	if (r < 0)
 		return r;
 	daemon->server.spin_ns = (uint64_t)daemon->config->spin_us * 1000;
@@ -408,6 +516,8 @@ static int start(struct daemon *daemon)
 	if (r >= 0)
 		r = start_signals(daemon);
 	if (r >= 0)
+		r = start_reserves(daemon);
+	if (r >= 0 && !daemon->stopping)
 		r = start_sockets(daemon);
 	return r;
 }
@@ -428,7 +538,11 @@ static void stop(struct daemon *daemon)
 	for (size_t i = 0; i < server->tenant_count; i++)
 		context_forget_all(server->tenants[i]);
 	reclaim_deinit(&server->reclaim);
+	if (server->pool)
+		reserve_stop_all(server->pool);
 	server->executor = executor_free(server->executor);
+	server->budgets = budgets_free(server->budgets);
+	server->tier = host_tier_free(server->tier);
 	server->pool = pool_free(server->pool);
 	if (!daemon->options->kind)
 		daemon->kind = kind_free(daemon->kind);
@@ -450,7 +564,7 @@ int daemon_run(const struct config *config, const struct daemon_options *options
 	(void)sigfillset(&set);
 	(void)pthread_sigmask(SIG_BLOCK, &set, NULL);
 	r = start(&daemon);
-	if (r >= 0) {
+	if (r >= 0 && !daemon.stopping) {
 		announce(&daemon);
 		r = loop_run(daemon.server.loop);
 		if (r < 0) {

@@ -35,7 +35,8 @@
 enum meta_extent_state { META_EMPTY = 0, META_BORN = 1, META_LIVE = 2, META_DROPPED = 3, META_DYING = 4, META_RAW = 5 };
 enum meta_generation { META_NURSERY = 0, META_HELD = 1 };
 enum meta_redo_state { META_REDO_NONE = 0, META_REDO_PLANNED = 1, META_REDO_MOVED = 2 };
-enum meta_redo_kind { META_REDO_PACK = 0, META_REDO_RELOCATE = 1 };
+/* RECALL: pairs from the host fill the pending blocks; a successor gives those back instead. */
+enum meta_redo_kind { META_REDO_PACK = 0, META_REDO_RELOCATE = 1, META_REDO_RECALL = 2 };
 
 /*
  * How far a sequence's eviction is. A successor of the daemon undoes MARKING (marks become score 0 again: nothing has

@@ -20,9 +20,11 @@ struct walk {
 	const struct meta_worker *workers;
 	const struct meta_extent *extents;
 	const struct meta_context *contexts;
-	uint32_t *context_refs;          /* by context: sequences and contexts that name it */
-	uint32_t *context_extent;        /* by context: the first of its extents, and */
-	uint32_t *next_extent;           /* by extent: the next of the same context's; SLOT_NONE ends */
+	uint32_t *context_refs;   /* by context: sequences and contexts that name it */
+	uint32_t *context_extent; /* by context: the first of its extents, and */
+	uint32_t *next_extent;    /* by extent: the next of the same context's; SLOT_NONE ends */
+	const struct meta_frame *frames;
+	uint8_t *seen_frames;            /* that objects refer to */
 	uint8_t *seen;                   /* bitmaps of blocks that rows refer to */
 	uint32_t *extent_of_slot;        /* of one worker at a time */
 	uint64_t *promised, *unreturned; /* by tenant */
@@ -114,6 +116,26 @@ static void see_block(struct walk *walk, const char *owner, uint64_t number, uin
 	walk->audit->rows[walk->extents[index].tenant].blocks++;
 }
 
+/* A chain of frames, all of one tenant, which no other object refers to. Returns its bytes. */
+static uint64_t see_chain(struct walk *walk, const char *object, uint32_t tenant, uint32_t first)
+{
+	const struct meta_header *header = walk->header;
+	uint64_t count = 0;
+
+	for (uint32_t at = first; at; at = walk->frames[at - 1].next, count++) {
+		if (at > header->frame_count || walk->frames[at - 1].tenant != tenant + 1) {
+			differ(walk, "%s: frame %u of the host tier is not its tenant's", object, at - 1);
+			break;
+		}
+		if (walk->seen_frames[at - 1]) {
+			differ(walk, "%s: frame %u of the host tier is another object's, too", object, at - 1);
+			break;
+		}
+		walk->seen_frames[at - 1] = 1;
+	}
+	return count * header->frame_size;
+}
+
 /* Entries of the contexts' table that may be in use. */
 static uint32_t walk_contexts(const struct walk *walk)
 {
@@ -145,6 +167,8 @@ static uint64_t see_row(const struct sequence_walk *at, uint32_t row, uint64_t *
 	uint32_t blocks = meta->held_blocks + meta->pending;
 
 	*pairs += meta->base_len;
+	if (at->seq.residency == META_OFFLOADED)
+		return 0;
 	if (blocks > worker->row_cap || meta->held_len > blocks * KVG_BLOCK_TOKENS ||
 		!read_part(at->walk, worker->held_offset + index * worker->row_cap * sizeof(uint32_t), at->ids,
 			blocks * sizeof(uint32_t))) {
@@ -164,7 +188,7 @@ static uint64_t see_stripes(const struct sequence_walk *at)
 	uint32_t rows = worker->layers * worker->heads;
 	uint64_t blocks = 0;
 
-	for (uint32_t s = at->seq.stripe_first; s < at->seq.stripes; s++) {
+	for (uint32_t s = at->seq.stripe_first; at->seq.residency != META_OFFLOADED && s < at->seq.stripes; s++) {
 		uint64_t index = ((uint64_t)at->slot * worker->stripe_cap + s) * rows;
 
 		if (!read_part(
@@ -197,6 +221,22 @@ static uint64_t see_relocation(const struct sequence_walk *at, uint32_t record)
 	return redo.move_count;
 }
 
+/* What it has on the host, and that it has no more than its state says. */
+static void see_host(const struct sequence_walk *at, const char *object)
+{
+	uint32_t tenant = at->walk->workers[at->worker].tenant;
+	uint64_t retained;
+
+	if (at->seq.residency == META_RESIDENT && at->seq.image)
+		differ(at->walk, "%s: it is resident and has an image", object);
+	expect(at->walk, object, "bytes of its image", see_chain(at->walk, object, tenant, at->seq.image),
+		at->seq.image_bytes);
+	retained = see_chain(at->walk, object, tenant, at->seq.retained);
+	if (at->seq.retained_bytes > retained)
+		differ(at->walk, "%s: %" PRIu64 " bytes retained in frames of %" PRIu64, object, at->seq.retained_bytes,
+			retained);
+}
+
 static void see_sequence(const struct sequence_walk *at)
 {
 	const struct meta_worker *worker = &at->walk->workers[at->worker];
@@ -225,6 +265,7 @@ static void see_sequence(const struct sequence_walk *at)
 		blocks += see_row(at, row, &pairs);
 	expect(at->walk, object, "blocks", blocks, at->seq.blocks);
 	expect(at->walk, object, "pairs", pairs, at->seq.pairs);
+	see_host(at, object);
 }
 
 /* The first slot from `slot` on whose entry may hold something. */
@@ -422,6 +463,34 @@ static void compare_committed(struct walk *walk)
 	expect(walk, "pool", "bytes of the host committed", host, walk->header->host.committed);
 }
 
+/* Every frame in use belongs to an object, and to an account. */
+static void compare_frames(struct walk *walk)
+{
+	uint32_t size = walk->header->frame_size;
+
+	for (uint32_t i = 0; i < walk->header->frame_count; i++) {
+		if (!walk->frames[i].tenant)
+			continue;
+		walk->audit->rows[walk->frames[i].tenant - 1].host_counted += size;
+		if (!walk->seen_frames[i])
+			differ(walk, "frame %u of the host tier: nothing refers to it", i);
+	}
+}
+
+static void compare_host(struct walk *walk)
+{
+	uint64_t charged = 0;
+
+	for (uint32_t i = 0; i < walk->header->tenant_count; i++) {
+		struct audit_row *row = &walk->audit->rows[i];
+
+		row->host_charged = walk->tenants[i].host.charged;
+		expect(walk, row->tenant, "bytes charged on the host", row->host_counted, row->host_charged);
+		charged += row->host_counted;
+	}
+	expect(walk, "host", "bytes charged", charged, walk->header->host.charged);
+}
+
 static void compare_accounts(struct walk *walk)
 {
 	const struct quota_account *pool = &walk->header->pool;
@@ -433,7 +502,6 @@ static void compare_accounts(struct walk *walk)
 
 		(void)snprintf(row->tenant, sizeof(row->tenant), "%s", walk->tenants[i].name);
 		row->charged = account->charged;
-		row->host_charged = walk->tenants[i].host.charged;
 		expect(walk, row->tenant, "bytes charged", row->extent_bytes, account->charged);
 		expect(walk, row->tenant, "bytes promised", walk->promised[i], account->promised);
 		expect(walk, row->tenant, "bytes unreturned", walk->unreturned[i], account->unreturned);
@@ -455,6 +523,8 @@ static int walk_init(struct walk *walk, int fd, const uint8_t *base, struct audi
 	walk->tenants = (const void *)(base + walk->header->tenants_offset);
 	walk->workers = (const void *)(base + walk->header->workers_offset);
 	walk->extents = (const void *)(base + walk->header->extents_offset);
+	walk->frames = (const void *)(base + walk->header->frames_offset);
+	walk->seen_frames = calloc((size_t)walk->header->frame_count + 1, 1);
 	walk->contexts = (const void *)(base + walk->header->contexts_offset);
 	walk->audit = audit;
 	walk->context_refs = calloc(walk_contexts(walk) + 1, sizeof(uint32_t));
@@ -467,8 +537,9 @@ static int walk_init(struct walk *walk, int fd, const uint8_t *base, struct audi
 	audit->row_count = walk->header->tenant_count;
 	audit->rows = calloc(audit->row_count + 1, sizeof(struct audit_row));
 	audit->differences = calloc(AUDIT_DIFFERENCES, AUDIT_TEXT);
-	return walk->context_refs && walk->context_extent && walk->next_extent && walk->seen && walk->extent_of_slot &&
-			       walk->promised && walk->unreturned && audit->rows && audit->differences
+	return walk->context_refs && walk->context_extent && walk->next_extent && walk->seen && walk->seen_frames &&
+			       walk->extent_of_slot && walk->promised && walk->unreturned && audit->rows &&
+			       audit->differences
 		       ? 0
 		       : -ENOMEM;
 }
@@ -484,8 +555,10 @@ static void walk_all(struct walk *walk, audit_physical physical, void *user)
 			see_worker(walk, i);
 	compare_references(walk);
 	compare_bitmaps(walk);
+	compare_frames(walk);
 	compare_accounts(walk);
 	compare_committed(walk);
+	compare_host(walk);
 }
 
 int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *ret)
@@ -511,6 +584,7 @@ int audit_run(int meta_fd, audit_physical physical, void *user, struct audit *re
 	free(walk.context_extent);
 	free(walk.next_extent);
 	free(walk.seen);
+	free(walk.seen_frames);
 	free(walk.extent_of_slot);
 	free(walk.promised);
 	free(walk.unreturned);

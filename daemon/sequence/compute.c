@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <stdio.h>
 
+#include "daemon/sequence/image.h"
+
 #ifdef KVG_HAS_CUDA
 #include "daemon/sequence/cuda.h"
 #endif
@@ -74,6 +76,84 @@ void compute_publish(struct request *request, void (*after)(struct request *))
 		compute_submit(request, request->space->compute->publish, publish_done);
 	else
 		after(request);
+}
+
+/* ---- copies to and from the host tier ---- */
+
+static int open_image(struct request *request)
+{
+	return image_open(request->image);
+}
+
+/* A launch that is repeated while it says -EAGAIN. */
+static bool copy_poll(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+	struct turns *turns = host_tier_turns(request->image->tier);
+	struct turn *turn = &request->image->turn;
+	int r = -ECANCELED;
+
+	if (!atomic_load_explicit(&request->space->dying, memory_order_relaxed)) {
+		if (!turns_begin(turns, turn, loop_now()))
+			return false;
+		r = request->launch(request);
+		turns_end(turns, turn, loop_now());
+	}
+	if (r == -EAGAIN)
+		return false;
+	turns_leave(turns, turn);
+	request->job_status = r;
+	return true;
+}
+
+static void copy_submit(struct request *request, int (*launch)(struct request *), void (*done)(struct job *))
+{
+	request->launch = launch;
+	request->job_status = 0;
+	space_submit_job(request, run_later, copy_poll, done);
+}
+
+static void image_part_done(struct job *job);
+
+static void copy_part(struct request *request)
+{
+	const struct compute_ops *ops = request->space->compute;
+	int (*launch)(struct request *) = request->image->load ? ops->load : ops->unload;
+
+	if (ops->poll)
+		compute_submit(request, launch, image_part_done);
+	else
+		copy_submit(request, launch, image_part_done);
+}
+
+static void image_part_done(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (space_job_ended(request->space))
+		return;
+	if (request->job_status < 0 || image_is_complete(request->image))
+		request->after(request);
+	else
+		copy_part(request);
+}
+
+static void opened(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (space_job_ended(request->space))
+		return;
+	if (request->job_status < 0)
+		request->after(request);
+	else
+		copy_part(request);
+}
+
+void compute_copy(struct request *request, void (*after)(struct request *))
+{
+	request->after = after;
+	copy_submit(request, open_image, opened);
 }
 
 /* ---- wait ---- */

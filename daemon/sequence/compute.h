@@ -18,6 +18,13 @@ struct compute_ops {
 	int (*select)(struct request *request); /* SELECT of the request's eviction: fills kept[], and evict_count() */
 	int (*mark)(struct request *request);   /* MARK: fills holes[] and stripe_kept[] */
 	int (*move)(struct request *request);   /* MOVE of the step that was planned */
+	/* What evictions drop and the host keeps (retain.h); all three or none. */
+	int (*pack)(struct request
+			*request); /* PACK: dropped pairs go to the sequence's store, as many as it has room for */
+	int (*recall)(struct request
+			*request); /* SELECT of a recall: fills kept[], evict_count(), and what comes back (recall.h) */
+	int (*unpack)(struct request *request); /* UNPACK: what comes back is copied behind the rows' held pairs, and
+						   leaves the store */
 	bool closes_holes;                      /* move() can close holes behind the step's own moves */
 	bool select_marks;                      /* select() can do MARK as well: evict->marked asks for it */
 	bool move_publishes; /* move() of the last stripes publishes the rows as they will be: evict->publishes asks for
@@ -33,6 +40,10 @@ struct compute_ops {
 	int (*copy)(struct request *request);
 	int (*publish)(struct request *request); /* rows and lengths that request->publish names; NULL: nothing to do */
 	int (*event)(const struct space *space, void *event); /* 0: it has happened; -EAGAIN: not yet */
+	/* The next part of the request's image (image.h), until image_is_complete(). On the host -EAGAIN: more is left
+	 * after this turn; elsewhere called again when what was started is done. */
+	int (*unload)(struct request *request);
+	int (*load)(struct request *request);
 	/* How a job ends that only starts its work: executor.h. NULL: each is done when it returns. */
 	bool (*poll)(struct job *job);
 };
@@ -53,6 +64,12 @@ void compute_submit(struct request *request, int (*launch)(struct request *), vo
 
 /* Publishes what request->publish names, then calls after(request); at once where there is nothing to do. */
 void compute_publish(struct request *request, void (*after)(struct request *));
+
+/*
+ * Copies the request's image, to it or from it, in turns with the other copies (tier/turns.h), after making its frames
+ * ready; then calls after(request) with job_status.
+ */
+void compute_copy(struct request *request, void (*after)(struct request *));
 
 /*
  * Waits on the executor for what the entry names (wait_value, wait_event), then calls after(request): with

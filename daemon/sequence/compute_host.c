@@ -3,7 +3,9 @@
 
 #include <string.h>
 
-#include "daemon/sequence/evict.h"
+#include "daemon/sequence/evict_host.h"
+#include "daemon/sequence/image.h"
+#include "daemon/sequence/recall.h"
 #include "daemon/sequence/score.h"
 
 #define COPY_SLICE ((size_t)2 << 20) /* bytes */
@@ -46,7 +48,7 @@ static int host_move(struct request *request)
 }
 
 /* One slice: others have their turn after about half a millisecond. */
-static int host_copy(struct request *request)
+static int host_copy_blocks(struct request *request)
 {
 	const struct space *space = request->space;
 	const struct arena *arena = space->arena;
@@ -70,12 +72,62 @@ static int host_copy(struct request *request)
 	return 0;
 }
 
+static int host_copy(struct request *request)
+{
+	return image_copy(request->sequence, request->image);
+}
+
+static int host_pack(struct request *request)
+{
+	return evict_pack(request->sequence, request->evict);
+}
+
+static void put_row(const struct sequence *sequence, struct recall *recall, uint32_t row)
+{
+	struct evict_cursor at = evict_cursor(sequence, row);
+
+	while (evict_cursor_next(&at))
+		for (uint32_t i = 0; i < at.count; i++)
+			recall_put(sequence, recall, row, at.index + i, evict_cursor_pos(&at, i), at.places[i].score);
+}
+
+static int host_recall(struct request *request)
+{
+	const struct sequence *sequence = request->sequence;
+	struct evict *evict = request->evict;
+	int r = evict_survey(sequence, evict);
+
+	if (r >= 0)
+		r = evict_keep_all(sequence, evict);
+	if (r >= 0)
+		r = recall_open(sequence, evict->length, evict->recall);
+	for (uint32_t row = 0; r >= 0 && row < sequence->space->rows; row++)
+		put_row(sequence, evict->recall, row);
+	if (r >= 0)
+		r = recall_decide(sequence, evict->recall);
+	if (r < 0)
+		return r;
+	evict_count(sequence, evict);
+	recall_count(sequence, evict);
+	return 0;
+}
+
+static int host_unpack(struct request *request)
+{
+	return evict_unpack(request->sequence, request->evict);
+}
+
 const struct compute_ops compute_host = {
 	.open = host_open,
 	.select = host_select,
 	.mark = host_mark,
 	.move = host_move,
+	.pack = host_pack,
+	.recall = host_recall,
+	.unpack = host_unpack,
 	.evictions = 1,
 	.score = score_slice,
-	.copy = host_copy,
+	.copy = host_copy_blocks,
+	.unload = host_copy,
+	.load = host_copy,
 };

@@ -202,8 +202,7 @@ static CUresult decide(const struct request *request, const struct kvg_cuda_sele
 	CUresult result;
 
 	if (evict->decode)
-		result = kvg_cuda_select_budget(select, in, (uint64_t)policy->budget * request->space->rows, keep, NULL,
-			device->select_scratch, stream);
+		result = kvg_cuda_select_budget(select, in, evict->budget, keep, NULL, device->select_scratch, stream);
 	else if (policy->mode == KVG_MODE_THRESHOLD)
 		result = kvg_cuda_select_threshold(select, in, policy->threshold, keep, stream);
 	else
@@ -581,14 +580,17 @@ int cuda_move(struct request *request)
 
 /* ---- tables ---- */
 
-/* Entries of one row's ids that are published: of held blocks, those that an eviction has changed. */
+/* Entries of one row's ids that are published: of held blocks, those that an eviction has changed; all of a row that
+ * was restored. */
 static struct kvg_cuda_table_row published(const struct request *request, uint32_t index)
 {
 	const struct publish *publish = &request->publish;
 	const struct meta_row *row = &meta_rows(&request->space->part, request->sequence->slot)[index];
 	struct kvg_cuda_table_row at = {.base_len = row->base_len};
 
-	if (publish->held) {
+	if (publish->held && !request->evict) {
+		at.count = row->held_blocks + publish->stripe_end * KVG_RUN_BLOCKS;
+	} else if (publish->held) {
 		at.first = evict_first_changed(request->evict, index);
 		at.count = row->held_blocks > at.first ? row->held_blocks - at.first : 0;
 	} else {

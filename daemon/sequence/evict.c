@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <stdio.h>
@@ -11,6 +12,8 @@
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/keep.h"
 #include "daemon/sequence/promise.h"
+#include "daemon/sequence/recall.h"
+#include "daemon/sequence/retain.h"
 
 static void step(struct request *request);
 
@@ -26,36 +29,53 @@ static uint64_t min_u64(uint64_t a, uint64_t b)
 	return a < b ? a : b;
 }
 
-/* The request is done with, one way or the other; the next evictions of the space may start. */
-static void over(struct request *request)
+/* It is no longer under way. */
+static void leave(struct request *request)
 {
 	struct space *space = request->space;
 
 	set_reserve(request, 0);
+	if (!request->evict->recall)
+		request->sequence->decodes = request->evict->decode;
 	space->evict_slots &= ~(1u << request->evict->slot);
 	space->evicting--;
 	request->evict = evict_free(request->evict);
-	request->sequence->decodes = request->sqe.evict.mode == KVG_EVICT_DECODE;
 	keep_update(request->sequence);
 	if (list_empty(&space->evict_queue)) /* else the next one may want them */
 		space_return_spare(space);
+}
+
+/* The request is done with; the next evictions of the space may start. */
+static void over(struct request *request)
+{
+	struct space *space = request->space;
+
+	leave(request);
 	request_finish(request);
 	evict_begin_queued(space);
 }
 
+/* A recall that may wait for memory does so without keeping evictions waiting, and starts anew. */
 static void over_failed(struct request *request, int status)
 {
+	struct space *space = request->space;
+	bool waits = request->evict->recall && status == -ENOSPC;
+
+	recall_unpromise(request);
 	request->cqe.status = status;
-	over(request);
+	leave(request);
+	if (!waits || !space_wait_memory(request, request->lack, op_recall))
+		request_finish(request);
+	evict_begin_queued(space);
 }
 
-static void report(struct request *request, uint64_t dropped)
+void evict_report(struct request *request, uint64_t moved)
 {
 	const struct space *space = request->space;
 	const struct meta_seq *meta = request->sequence->meta;
 
 	request->cqe.value[0] = sequence_pairs(request->sequence);
-	request->cqe.value[1] = dropped;
+	request->cqe.value[1] = moved;
 	request->cqe.value[2] = meta->blocks * 2 * space->arena->stride;
 	request->cqe.value[3] = (uint64_t)meta->committed_pos << 32 | meta->reserved_pos;
 }
@@ -115,6 +135,19 @@ static void clamp_scored(const struct sequence *sequence)
 			scored[i] = sequence->meta->committed_pos;
 }
 
+/* Those it has, when all its tokens have been read and made. */
+uint64_t evict_future_need(const struct sequence *sequence, uint64_t pairs, uint64_t blocks)
+{
+	const struct meta_seq *meta = sequence->meta;
+	const struct kvg_policy *policy = &meta->policy, behind = admission_behind(policy, meta->shared_pos);
+	uint32_t rows = sequence->space->rows;
+
+	if (meta->committed_pos >= (uint64_t)policy->prefix_tokens + policy->context_tokens + policy->max_new_tokens)
+		return blocks;
+	return sequence->tails + admission_blocks(&behind, rows, meta->committed_pos - meta->shared_pos, pairs) +
+	       protected_blocks(meta, rows, meta->committed_pos);
+}
+
 static void end(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
@@ -130,13 +163,13 @@ static void end(struct request *request)
 	if (meta->reserved_pos > max_tokens)
 		meta->reserved_pos = max_tokens;
 	meta->generation++;
-	meta->evictions++;
+	meta->evictions += !request->evict->recall;
 	meta->prune_start = meta->next_prune_start;
 	set_phase(meta, META_PHASE_NONE);
-	meta->admitted = sequence_need(sequence);
+	meta->admitted = evict_future_need(sequence, meta->pairs, meta->blocks);
 	promise_update(sequence);
 	sequence_publish(sequence);
-	report(request, request->evict->dropped);
+	evict_report(request, request->evict->recall ? request->evict->recall->chosen_count : request->evict->dropped);
 	if (request->evict->published && !request->evict->relocated) {
 		over(request);
 		return;
@@ -158,6 +191,22 @@ static void move_done(struct job *job)
 	step(request);
 }
 
+static void unpack_done(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (space_job_ended(request->space))
+		return;
+	if (request->job_status == -EAGAIN) {
+		compute_submit(request, request->space->compute->unpack, unpack_done);
+	} else if (!space_job_lost(request)) {
+		evict_publish(request->sequence, request->evict);
+		request->evict->published = false;
+		retain_settle(request->sequence);
+		step(request);
+	}
+}
+
 static void take_step(struct request *request, bool anywhere)
 {
 	struct sequence *sequence = request->sequence;
@@ -172,10 +221,30 @@ static void take_step(struct request *request, bool anywhere)
 		blocks_take_anywhere(&space->blocks, &sequence->owner, need, ids);
 	else
 		blocks_take(&space->blocks, &sequence->owner, META_HELD, need, evict->new_blocks - need, ids);
-	evict_plan(sequence, evict, ids);
+	if (evict->appending)
+		recall_append(sequence, evict, ids);
+	else
+		evict_plan(sequence, evict, ids);
 	set_reserve(request, evict->reserve - min_u64(evict->reserve, need));
 	free(ids);
-	compute_submit(request, space->compute->move, move_done);
+	if (evict->appending)
+		compute_submit(request, space->compute->unpack, unpack_done);
+	else
+		compute_submit(request, space->compute->move, move_done);
+	evict->appending = false;
+}
+
+/* The next step of an eviction, or what comes after the last. */
+static bool choose_step(struct request *request)
+{
+	struct evict *evict = request->evict;
+	bool found = evict_choose_step(request->sequence, evict);
+
+	if (found || !evict->recall || evict->recall->appended)
+		return found;
+	evict->step_blocks = evict->recall->extra;
+	evict->appending = true;
+	return true;
 }
 
 static void step(struct request *request)
@@ -185,7 +254,7 @@ static void step(struct request *request)
 	uint32_t missing;
 	bool anywhere;
 
-	if (!evict_choose_step(sequence, evict)) {
+	if (!choose_step(request)) {
 		if (evict_plan_relocation(sequence, evict))
 			compute_submit(request, request->space->compute->move, move_done);
 		else
@@ -221,27 +290,80 @@ static void mark_done(struct job *job)
 		marked(request);
 }
 
+static void mark(struct request *request)
+{
+	request->sequence->meta->next_prune_start = request->evict->context_end;
+	set_phase(request->sequence->meta, META_PHASE_MARKING);
+	compute_submit(request, request->space->compute->mark, mark_done);
+}
+
+/* Whether or not the dropped pairs are on the host now, they go. */
+static void pack_done(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (space_job_ended(request->space))
+		return;
+	if (request->job_status == -EAGAIN) {
+		compute_submit(request, request->space->compute->pack, pack_done);
+		return;
+	}
+	request->job_status = 0;
+	retain_settle(request->sequence);
+	mark(request);
+}
+
+static void pack(struct request *request)
+{
+	if (!request->evict->recall && retain_wants(request->sequence) &&
+		retain_take(request->sequence, request->evict->dropped))
+		compute_submit(request, request->space->compute->pack, pack_done);
+	else
+		mark(request);
+}
+
+/* Blocks that the moves need at a time, and all of those for what comes back. */
+static uint64_t needed_room(const struct request *request)
+{
+	const struct evict *evict = request->evict;
+	uint64_t extra = evict->recall ? evict->recall->extra : 0;
+
+	return min_u64((uint64_t)request->space->rows * EVICT_ROOM_BLOCKS, evict->new_blocks - extra) + extra;
+}
+
 static void room(struct request *request)
 {
 	struct space *space = request->space;
-	uint64_t need = (uint64_t)space->rows * EVICT_ROOM_BLOCKS, have = evict_free_blocks(space, request->evict);
+	uint64_t need = needed_room(request), have = evict_free_blocks(space, request->evict);
+	const char *what = request->evict->recall ? "the recall" : "the eviction";
 	uint32_t each = space->arena->blocks_per_extent;
 	int r;
 
-	if (need > request->evict->new_blocks)
-		need = request->evict->new_blocks;
 	if (request->grow_status < 0) {
 		over_failed(request, request->grow_status);
 	} else if (have < need) {
-		r = space_try_grow(request, (uint32_t)((need - have + each - 1) / each), "the eviction", room);
+		r = space_try_grow(request, (uint32_t)((need - have + each - 1) / each), what, room);
 		if (r < 0)
 			over_failed(request, r);
 	} else {
 		request->evict->room = need;
 		set_reserve(request, need);
-		request->sequence->meta->next_prune_start = request->evict->context_end;
-		set_phase(request->sequence->meta, META_PHASE_MARKING);
-		compute_submit(request, space->compute->mark, mark_done);
+		pack(request);
+	}
+}
+
+/* What comes back is promised first: then the moves' room is all that can be refused. */
+static void recall_selected(struct request *request)
+{
+	int r = request->evict->recall->chosen_count ? recall_promise(request) : 0;
+
+	if (r < 0) {
+		over_failed(request, r);
+	} else if (request->evict->recall->chosen_count) {
+		room(request);
+	} else {
+		evict_report(request, 0);
+		over(request);
 	}
 }
 
@@ -254,12 +376,14 @@ static void select_done(struct job *job)
 	if (request->job_status < 0 || request->evict->dropped == 0)
 		set_phase(request->sequence->meta, META_PHASE_NONE);
 	if (request->job_status < 0) {
-		(void)snprintf(request->text, sizeof(request->text), "sequence %#" PRIx64 ": eviction: %s",
-			request->sqe.seq, strerror(-request->job_status));
+		(void)snprintf(request->text, sizeof(request->text), "sequence %#" PRIx64 ": %s: %s", request->sqe.seq,
+			request->evict->recall ? "recall" : "eviction", strerror(-request->job_status));
 		over_failed(request, request->job_status);
+	} else if (request->evict->recall) {
+		recall_selected(request);
 	} else if (request->evict->dropped == 0) {
 		request->sequence->meta->prune_start = request->evict->context_end;
-		report(request, 0);
+		evict_report(request, 0);
 		over(request);
 	} else if (request->evict->marked) {
 		request->evict->room = min_u64(request->evict->room, request->evict->new_blocks);
@@ -282,6 +406,12 @@ static bool has_room(const struct space *space)
 	return blocks_free_anywhere(&space->blocks) >= space->evict_reserve + most_room(space);
 }
 
+/* PACK comes before MARK, and a recall has another SELECT. */
+static bool may_mark(const struct request *request)
+{
+	return request->space->compute->select_marks && !request->evict->recall && !retain_wants(request->sequence);
+}
+
 static void begin(struct request *request)
 {
 	struct space *space = request->space;
@@ -295,11 +425,11 @@ static void begin(struct request *request)
 	if ((space->compute->select_marks || space->compute->evictions > 1) && has_room(space)) {
 		evict->room = most_room(space);
 		set_reserve(request, evict->room);
-		evict->marked = space->compute->select_marks;
+		evict->marked = may_mark(request);
 	}
 	if (evict->marked)
 		set_phase(request->sequence->meta, META_PHASE_MARKING);
-	compute_submit(request, space->compute->select, select_done);
+	compute_submit(request, evict->recall ? space->compute->recall : space->compute->select, select_done);
 }
 
 /* Whether its room is there besides the extents that others keep; not asked of who has a right to as much. */
@@ -384,11 +514,14 @@ static bool is_needed(struct request *request, struct evict *evict)
 	evict->decode = true;
 	evict->context_end =
 		meta->policy.context_tokens; /* positions may be missing from now on: no prefill eviction any more */
-	return meta->pairs + fresh > meta->policy.budget * rows;
+	evict->budget = meta->policy.budget * rows;
+	if (request->share > 0)
+		evict->budget = (uint64_t)ceil(request->share * (double)(meta->committed_pos * rows));
+	return meta->pairs + fresh > evict->budget;
 }
 
-/* All committed tokens must have scores: an eviction folds them, and later ones will look at them. */
-static bool is_scored(struct request *request)
+/* Later evictions will look at what this one folds. */
+bool evict_is_scored(struct request *request, const char *what)
 {
 	const struct space *space = request->space;
 	const struct meta_seq *meta = request->sequence->meta;
@@ -398,12 +531,17 @@ static bool is_scored(struct request *request)
 	for (uint32_t i = 0; i < layers; i++) {
 		if (scored[i] >= meta->committed_pos)
 			continue;
-		request_fail(request, -ENODATA,
-			"sequence %#" PRIx64 ": eviction: layer %u is scored to %u, committed are %u", request->sqe.seq,
-			i, scored[i], meta->committed_pos);
+		request_fail(request, -ENODATA, "sequence %#" PRIx64 ": %s: layer %u is scored to %u, committed are %u",
+			request->sqe.seq, what, i, scored[i], meta->committed_pos);
 		return false;
 	}
 	return true;
+}
+
+void evict_submit(struct request *request)
+{
+	list_add_tail(&request->space->evict_queue, &request->node);
+	evict_begin_queued(request->space);
 }
 
 void op_evict(struct request *request)
@@ -412,7 +550,7 @@ void op_evict(struct request *request)
 	struct evict *evict;
 
 	if (request->sqe.evict.mode > KVG_EVICT_DECODE ||
-		(request->sqe.evict.mode == KVG_EVICT_DECODE && meta->policy.budget == 0)) {
+		(request->sqe.evict.mode == KVG_EVICT_DECODE && meta->policy.budget == 0 && !(request->share > 0))) {
 		request_fail(request, -EINVAL, "sequence %#" PRIx64 ": eviction mode %u, decode budget %u tokens",
 			request->sqe.seq, request->sqe.evict.mode, meta->policy.budget);
 		return;
@@ -431,17 +569,16 @@ void op_evict(struct request *request)
 	}
 	if (!is_needed(request, evict)) {
 		(void)evict_free(evict);
-		report(request, 0);
+		evict_report(request, 0);
 		request_finish(request);
 		return;
 	}
-	if (!is_scored(request)) {
+	if (!evict_is_scored(request, "eviction")) {
 		(void)evict_free(evict);
 		return;
 	}
 	request->evict = evict;
-	list_add_tail(&request->space->evict_queue, &request->node);
-	evict_begin_queued(request->space);
+	evict_submit(request);
 	if (evict->decode && !list_empty(&request->space->evict_queue))
 		grow_room(request->space);
 }

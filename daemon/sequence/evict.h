@@ -3,6 +3,7 @@
  *
  *   SELECT (executor)  scores -> which pairs stay
  *   ROOM   (reactor)   makes sure that the moves have spare blocks, or refuses; nothing has changed so far
+ *   PACK   (executor)  where the policy asks for it, dropped pairs are copied to the host: retain.h. Best effort.
  *   MARK   (executor)  dropped pairs are marked in their places: from here on it only goes forward
  *   then stripe by stripe, oldest first, as many at a time as free blocks allow, and once more for holes that are
  *   left in held blocks:
@@ -11,6 +12,12 @@
  *     PUBLISH (reactor)  rows take the new blocks, the stripes' runs are free
  *   then RELOCATE steps of the same form, when whole extents can be emptied
  *   END    (reactor)   fold: everything that is left is held, the nursery is empty
+ *
+ * A recall (recall.h) is an eviction that drops nothing: its SELECT decides what comes back, its ROOM has blocks for
+ * that besides, and when all stripes are folded APPEND brings it:
+ *   APPEND (reactor)   rows get places behind their held pairs
+ *   UNPACK (executor)  copies from the host
+ *   PUBLISH (reactor)  as above
  *
  * What runs on the executor is the kind's (compute.h); what runs on the reactor only counts, so it is the same for
  * each.
@@ -29,6 +36,8 @@
 #include "daemon/sequence/space.h"
 #include "kernels/host/move.h"
 #include "kernels/host/select.h"
+
+struct recall;
 
 #define EVICT_ROOM_BLOCKS 9u /* blocks a row */
 
@@ -51,6 +60,7 @@ struct evict {
 	uint32_t begin, end;     /* positions that may go (prefill) */
 	uint32_t context_end;    /* what prune_start becomes */
 	double ratio;            /* r' */
+	uint64_t budget;         /* pairs that stay (decode) */
 	uint32_t window;         /* ONCE: newest positions before `end` that count as the maximum */
 	uint32_t candidates;     /* of each row (prefill) */
 	uint32_t stripes;        /* that have committed tokens in some row */
@@ -69,10 +79,12 @@ struct evict {
 	uint32_t *stripe_kept;          /* [rows][stripes]: survivors in each stripe */
 	struct evict_step *steps;       /* [rows]: the step under way, and how far earlier ones went */
 	bool compacting;                /* the step only closes holes, in rows compact_row to compact_end - 1 */
+	bool appending;                 /* the step brings back what a recall has chosen */
 	uint32_t step_first, step_last; /* or moves the survivors of these stripes */
 	uint64_t step_blocks;           /* held blocks that it takes */
 	uint32_t compact_row, compact_end;
 	struct evict_host *host; /* what the host kind works with */
+	struct recall *recall;   /* owned: this is a recall; NULL: an eviction */
 };
 
 struct evict *evict_free(struct evict *evict);
@@ -89,8 +101,24 @@ uint32_t evict_first_changed(const struct evict *evict, uint32_t row);
 /* Begins evictions that wait, as many as there is room for. */
 void evict_begin_queued(struct space *space);
 
+/* All committed tokens must have scores, or the request fails with -ENODATA: they are folded. */
+bool evict_is_scored(struct request *request, const char *what);
+
+/* Takes a request whose evict is filled in and begins it when its turn comes. */
+void evict_submit(struct request *request);
+
+/* What a request reports of its sequence: pairs held, and `moved` of them that went or came. */
+void evict_report(struct request *request, uint64_t moved);
+
+/* Blocks that a sequence may come to have with `pairs` pairs in `blocks` blocks, all committed tokens folded. */
+uint64_t evict_future_need(const struct sequence *sequence, uint64_t pairs, uint64_t blocks);
+
 /* Whether a position is kept whatever its score. */
 bool evict_is_protected(const struct meta_seq *meta, uint32_t pos);
+
+/* Decode eviction: a position's score for the decision. Protected ones count as infinite, the first and newest as 1.0.
+ */
+float evict_decode_score(const struct sequence *sequence, uint32_t pos, float score);
 
 /* From kept[] and length[]: pairs in all, dropped ones, and the held blocks that the moves will need. */
 void evict_count(const struct sequence *sequence, struct evict *evict);

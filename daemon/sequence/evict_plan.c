@@ -5,12 +5,14 @@
 
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/evict.h"
+#include "daemon/sequence/recall.h"
 
 struct evict *evict_free(struct evict *evict)
 {
 	if (!evict)
 		return NULL;
 	evict->host = evict_host_free(evict->host);
+	evict->recall = recall_free(evict->recall);
 	free(evict->length);
 	free(evict->held);
 	free(evict->kept);

@@ -14,6 +14,7 @@ struct evict_host *evict_host_free(struct evict_host *host)
 	free(host->keep);
 	free(host->offset);
 	free(host->rank_skip);
+	retain_plan_deinit(&host->plan);
 	free(host->cursor);
 	free(host->src);
 	free(host->dst);
@@ -21,16 +22,7 @@ struct evict_host *evict_host_free(struct evict_host *host)
 	return NULL;
 }
 
-/* One row's pairs, block by block. */
-struct cursor {
-	const struct sequence *sequence;
-	uint32_t row, base_len, length;
-	uint32_t index; /* of places[0] */
-	uint32_t count;
-	struct meta_place *places;
-};
-
-static bool cursor_next(struct cursor *at)
+bool evict_cursor_next(struct evict_cursor *at)
 {
 	const struct space *space = at->sequence->space;
 
@@ -38,22 +30,22 @@ static bool cursor_next(struct cursor *at)
 	if (at->index >= at->length)
 		return false;
 	at->count = at->length - at->index < KVG_BLOCK_TOKENS ? at->length - at->index : KVG_BLOCK_TOKENS;
-	at->places = blocks_places(space->arena, space->pool->meta, sequence_block(at->sequence, at->row, at->index));
+	at->block = sequence_block(at->sequence, at->row, at->index);
+	at->places = blocks_places(space->arena, space->pool->meta, at->block);
 	return true;
 }
 
-static struct cursor cursor_row(const struct sequence *sequence, uint32_t row)
+struct evict_cursor evict_cursor(const struct sequence *sequence, uint32_t row)
 {
 	const struct meta_row *meta = &meta_rows(&sequence->space->part, sequence->slot)[row];
 
-	return (struct cursor){.sequence = sequence,
+	return (struct evict_cursor){.sequence = sequence,
 		.row = row,
 		.base_len = meta->base_len,
 		.length = meta->base_len + sequence->meta->committed_pos - sequence->meta->fold_pos};
 }
 
-/* Position of place i under the cursor: written down for folded pairs, implied by the index for fresh ones. */
-static uint32_t cursor_pos(const struct cursor *at, uint32_t i)
+uint32_t evict_cursor_pos(const struct evict_cursor *at, uint32_t i)
 {
 	uint32_t index = at->index + i;
 
@@ -119,8 +111,7 @@ static int allocate(const struct sequence *sequence, struct evict *evict)
 	return host->scores && host->keep && host->src && host->dst ? count_protected(sequence, evict) : -ENOMEM;
 }
 
-/* Decode eviction: the first tokens count as 1.0 and so do the newest, for this decision only. */
-static float decode_score(const struct sequence *sequence, uint32_t pos, float score)
+float evict_decode_score(const struct sequence *sequence, uint32_t pos, float score)
 {
 	const struct kvg_policy *policy = &sequence->meta->policy;
 	uint32_t first = policy->decode_first ? policy->decode_first : EVICT_DECODE_FIRST;
@@ -134,16 +125,16 @@ static float decode_score(const struct sequence *sequence, uint32_t pos, float s
 /* Fills the row's candidates; false when one is missing. */
 static bool gather_row(const struct sequence *sequence, struct evict *evict, uint32_t row)
 {
-	struct cursor at = cursor_row(sequence, row);
+	struct evict_cursor at = evict_cursor(sequence, row);
 	float *scores = evict->host->scores + evict->host->offset[row];
 	uint32_t found = 0;
 
-	while (cursor_next(&at)) {
+	while (evict_cursor_next(&at)) {
 		for (uint32_t i = 0; i < at.count; i++) {
-			uint32_t pos = cursor_pos(&at, i), rank;
+			uint32_t pos = evict_cursor_pos(&at, i), rank;
 
 			if (evict->decode) {
-				scores[at.index + i] = decode_score(sequence, pos, at.places[i].score);
+				scores[at.index + i] = evict_decode_score(sequence, pos, at.places[i].score);
 				continue;
 			}
 			rank = rank_of(evict, pos);
@@ -180,7 +171,7 @@ static int decide(const struct sequence *sequence, struct evict *evict)
 	if (!scratch)
 		return -ENOMEM;
 	if (evict->decode)
-		kvg_select_budget(&in, (uint64_t)policy->budget * space->rows, host->keep, scratch);
+		kvg_select_budget(&in, evict->budget, host->keep, scratch);
 	else if (policy->mode == KVG_MODE_THRESHOLD)
 		kvg_select_threshold(&in, policy->threshold, host->keep);
 	else
@@ -221,11 +212,24 @@ int evict_select(const struct sequence *sequence, struct evict *evict)
 	return r;
 }
 
-static void mark_place(const struct evict *evict, uint32_t row, uint32_t index, uint32_t pos, struct meta_place *place)
+int evict_keep_all(const struct sequence *sequence, struct evict *evict)
+{
+	memcpy(evict->kept, evict->length, sequence->space->rows * sizeof(uint32_t));
+	return allocate(sequence, evict);
+}
+
+bool evict_is_dropped(const struct evict *evict, uint32_t row, uint32_t index, uint32_t pos)
 {
 	const uint8_t *keep = evict->host->keep + evict->host->offset[row];
-	uint32_t rank = evict->decode ? index : rank_of(evict, pos), held = evict->held[row];
-	bool dropped = rank != UINT32_MAX && !keep[rank];
+	uint32_t rank = evict->decode ? index : rank_of(evict, pos);
+
+	return rank != UINT32_MAX && !keep[rank];
+}
+
+static void mark_place(const struct evict *evict, uint32_t row, uint32_t index, uint32_t pos, struct meta_place *place)
+{
+	uint32_t held = evict->held[row];
+	bool dropped = evict_is_dropped(evict, row, index, pos);
 
 	place->pos = (int32_t)pos;
 	if (dropped)
@@ -241,10 +245,10 @@ static void mark_place(const struct evict *evict, uint32_t row, uint32_t index, 
 void evict_mark(const struct sequence *sequence, struct evict *evict)
 {
 	for (uint32_t row = 0; row < sequence->space->rows; row++) {
-		struct cursor at = cursor_row(sequence, row);
+		struct evict_cursor at = evict_cursor(sequence, row);
 
-		while (cursor_next(&at))
+		while (evict_cursor_next(&at))
 			for (uint32_t i = 0; i < at.count; i++)
-				mark_place(evict, row, at.index + i, cursor_pos(&at, i), &at.places[i]);
+				mark_place(evict, row, at.index + i, evict_cursor_pos(&at, i), &at.places[i]);
 	}
 }

@@ -7,6 +7,7 @@
 #include "daemon/sequence/admission.h"
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/context.h"
+#include "daemon/sequence/evict.h"
 #include "daemon/sequence/keep.h"
 #include "daemon/sequence/promise.h"
 
@@ -90,7 +91,7 @@ int context_adopt(struct sequence *sequence, struct context *context, bool give)
 	reduce(sequence, give);
 	freeze(sequence);
 	meta->generation++;
-	meta->admitted = sequence_need(sequence);
+	meta->admitted = evict_future_need(sequence, meta->pairs, meta->blocks);
 	promise_update(sequence);
 	keep_update(sequence);
 	context_write_rows(sequence);

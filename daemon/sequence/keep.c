@@ -67,6 +67,8 @@ static uint64_t wanted(const struct sequence *sequence)
 	const struct space *space = sequence->space;
 	uint64_t extents = 0;
 
+	if (sequence->meta->idle)
+		return 0;
 	if (sequence->decodes)
 		return sequence->right;
 	if (!unread(sequence))

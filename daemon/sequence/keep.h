@@ -4,7 +4,8 @@
  * Creating an extent of device memory and giving it back takes over a millisecond whatever its size, in the daemon and
  * in the worker. So what an eviction empties stays where the next tokens of the same worker take it:
  *   a sequence whose prompt goes on keeps what its next chunk needs, and the room of the eviction behind that chunk;
- *   a sequence that decodes keeps what it has a right to draw.
+ *   a sequence that decodes keeps what it has a right to draw;
+ *   one that is idle or on the host keeps nothing.
  * Kept extents stay charged. They are never more than the rights of the worker's sequences that its promise does not
  * cover: the refund of an extent more would turn into that promise in the same step (promise.h), so nobody else has a
  * byte less by it, and giving them back would let nobody in who is refused.

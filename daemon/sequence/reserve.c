@@ -8,7 +8,9 @@
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/context.h"
 #include "daemon/sequence/keep.h"
+#include "daemon/sequence/offload.h"
 #include "daemon/sequence/promise.h"
+#include "daemon/sequence/retain.h"
 #include "daemon/sequence/space.h"
 
 /* 0 means that there is no sequence. */
@@ -30,6 +32,7 @@ struct sequence *sequence_new(struct space *space, const struct kvg_policy *poli
 	sequence->meta = meta = &space->part.seqs[sequence->slot];
 	block_owner_init(&sequence->owner, sequence->slot + 1);
 	list_init(&sequence->queue);
+	list_init(&sequence->reclaimable.node);
 	*meta = (struct meta_seq){.epoch = next_epoch(space), .admitted = admitted, .policy = *policy};
 	for (uint32_t i = 0; i < space->part.worker->layers; i++)
 		space->part.scored[(size_t)sequence->slot * space->part.worker->layers + i] = policy->prefix_tokens;
@@ -52,6 +55,8 @@ void op_create(struct request *request)
 			space->part.worker->max_sequences);
 		return;
 	}
+	if (r >= 0)
+		r = tenant_check_sequences(space->tenant, 1, request->text, sizeof(request->text));
 	blocks = r < 0 ? 0 : admission_blocks(policy, space->rows, 0, 0);
 	if (r >= 0)
 		r = promise_admit(space, blocks, "the sequence", request->text);
@@ -76,22 +81,10 @@ void op_create(struct request *request)
 	request_finish(request);
 }
 
-uint64_t sequence_need(const struct sequence *sequence)
-{
-	const struct meta_seq *meta = sequence->meta;
-	const struct kvg_policy *policy = &meta->policy, behind = admission_behind(policy, meta->shared_pos);
-	uint32_t rows = sequence->space->rows;
-
-	if (meta->committed_pos >= (uint64_t)policy->prefix_tokens + policy->context_tokens + policy->max_new_tokens)
-		return meta->blocks;
-	return sequence->tails + admission_blocks(&behind, rows, meta->committed_pos - meta->shared_pos, meta->pairs) +
-	       protected_blocks(meta, rows, meta->fold_pos);
-}
-
 /* ---- reserve ---- */
 
 /* Runs of stripes from `begin` on go to the table, row by row: rows lie pages apart. */
-static void publish_stripes(struct sequence *sequence, uint32_t begin, uint32_t end)
+void sequence_publish_stripes(struct sequence *sequence, uint32_t begin, uint32_t end)
 {
 	struct space *space = sequence->space;
 
@@ -219,8 +212,15 @@ static void reserve_step(struct request *request)
 	request->publish = (struct publish){.stripe_begin = meta->stripes, .stripe_end = meta->stripes + stripes};
 	for (uint32_t i = 0; i < stripes; i++)
 		add_stripe(sequence, (uint64_t)(stripes - i - 1) * sequence->space->rows, missing > 0);
-	publish_stripes(sequence, request->publish.stripe_begin, meta->stripes);
+	sequence_publish_stripes(sequence, request->publish.stripe_begin, meta->stripes);
 	reserved(request);
+}
+
+static void reserve_resident(struct request *request)
+{
+	request->withheld = UINT32_MAX;
+	request->grow_status = 0;
+	reserve_step(request);
 }
 
 void op_reserve(struct request *request)
@@ -235,8 +235,7 @@ void op_reserve(struct request *request)
 			request->sqe.seq, target, max);
 		return;
 	}
-	request->withheld = UINT32_MAX;
-	reserve_step(request);
+	restore_before(request, reserve_resident);
 }
 
 /* ---- the short ones ---- */
@@ -317,7 +316,7 @@ void op_query(struct request *request)
 
 /* ---- free ---- */
 
-static void give_blocks(struct sequence *sequence)
+void sequence_give_blocks(struct sequence *sequence)
 {
 	struct space *space = sequence->space;
 	const struct meta_row *rows = meta_rows(&space->part, sequence->slot);
@@ -357,11 +356,13 @@ void sequence_drop(struct sequence *sequence)
 	bool attached = sequence->context;
 
 	if (sequence->meta->blocks)
-		give_blocks(sequence);
+		sequence_give_blocks(sequence);
 	if (attached)
 		keep_warm(space, slot);
 	else if (sequence->meta->stripes || sequence->meta->evictions)
 		meta_part_forget(space->pool->meta, &space->part, slot);
+	offload_forget(sequence);
+	retain_forget(sequence);
 	context_leave(sequence);
 	block_owner_deinit(&space->blocks, &sequence->owner);
 	promise_forget(sequence);

@@ -11,9 +11,12 @@
 #include "daemon/sequence/context.h"
 #include "daemon/sequence/evict.h"
 #include "daemon/sequence/gates.h"
+#include "daemon/sequence/image.h"
 #include "daemon/sequence/keep.h"
 #include "daemon/sequence/layout.h"
+#include "daemon/sequence/offload.h"
 #include "daemon/sequence/promise.h"
+#include "daemon/sequence/retain.h"
 
 #define WAIT_NS 10000000000u
 
@@ -64,6 +67,8 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 
 	if (r >= 0 && has_device(tenant->pool))
 		r = layout_check_device(layout, text, KVG_TEXT_SIZE);
+	if (r >= 0)
+		r = tenant_check_layout(tenant, layout, text, KVG_TEXT_SIZE);
 	if (r < 0)
 		return r;
 	space = calloc(1, sizeof(*space));
@@ -82,6 +87,7 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	list_init(&space->evict_queue);
 	list_init(&space->unmapping);
 	list_init(&space->context_waits);
+	list_init(&space->own);
 	block_space_init(&space->blocks, space->pool, NULL);
 	r = space_fill(space, layout, worker_id);
 	if (r < 0) {
@@ -220,6 +226,8 @@ static void drop_sequences(struct space *space)
 		if (!sequence)
 			continue;
 		context_leave(sequence);
+		offload_forget(sequence);
+		retain_forget(sequence);
 		memset(sequence->meta, 0, sizeof(*sequence->meta));
 		space->tenant->sequences--;
 		free(sequence);
@@ -236,6 +244,7 @@ static void close_now(struct space *space)
 	if (!batch)
 		abort(); /* 100 bytes were not to be had: the service manager starts us again */
 	space->closing = true;
+	offload_cancel(space);
 	/* Extents leave the sequences' lists before those go. */
 	move_all(&space->blocks.extents, &batch->extents);
 	move_all(&space->blocks.spare, &batch->extents);
@@ -320,10 +329,16 @@ void request_finish(struct request *request)
 		request->cqe.generation = sequence->meta->generation;
 		request->sequence = NULL;
 		sequence->busy = false;
+		offload_settle(sequence);
 		if (!list_empty(&sequence->queue))
 			next = list_entry(list_pop(&sequence->queue), struct request, node);
 	}
-	space->ops->complete(space->user, request);
+	if (request->completed) {
+		list_remove(&request->own_node);
+		request->completed(request);
+	} else {
+		space->ops->complete(space->user, request);
+	}
 	if (next)
 		run(next);
 }
@@ -333,6 +348,7 @@ void request_deinit(struct request *request)
 	request->evict = evict_free(request->evict);
 	block_copy_deinit(&request->copy);
 	context_request_ended(request);
+	request->image = image_free(request->image);
 }
 
 void request_fail(struct request *request, int status, const char *format, ...)
@@ -346,7 +362,14 @@ void request_fail(struct request *request, int status, const char *format, ...)
 	request_finish(request);
 }
 
-static struct sequence *find_sequence(const struct space *space, uint64_t handle)
+/* In its turn: its value of the sequence's timeline comes after those of the entries before it. */
+static void refuse(struct request *request)
+{
+	request->cqe.status = request->refused;
+	request_finish(request);
+}
+
+struct sequence *space_sequence(const struct space *space, uint64_t handle)
 {
 	uint32_t slot = (uint32_t)handle;
 	struct sequence *sequence = slot < space->part.worker->max_sequences ? space->sequences[slot] : NULL;
@@ -412,7 +435,14 @@ static void dispatch(struct request *request)
 		[KVG_OP_QUERY] = op_query,
 		[KVG_OP_PUBLISH] = op_publish,
 		[KVG_OP_FORK] = op_fork,
+		[KVG_OP_OFFLOAD] = op_offload,
+		[KVG_OP_RESTORE] = op_restore,
+		[KVG_OP_IDLE] = op_idle,
+		[KVG_OP_RECALL] = op_recall,
 	};
+
+	if (!offload_allows(request))
+		return;
 	ops[request->sqe.op](request);
 }
 
@@ -430,9 +460,9 @@ static void waited(struct request *request)
 static void run(struct request *request)
 {
 	const struct kvg_sqe *sqe = &request->sqe;
-	struct sequence *sequence = find_sequence(request->space, sqe->seq);
+	struct sequence *sequence = space_sequence(request->space, sqe->seq);
 	bool versioned = sqe->op == KVG_OP_COMMIT || sqe->op == KVG_OP_STAGE || sqe->op == KVG_OP_EVICT ||
-			 sqe->op == KVG_OP_TRUNCATE || sqe->op == KVG_OP_PUBLISH;
+			 sqe->op == KVG_OP_TRUNCATE || sqe->op == KVG_OP_RECALL || sqe->op == KVG_OP_PUBLISH;
 
 	if (!sequence) {
 		request_fail(request, -ENOENT, "sequence %#" PRIx64 ": there is no such sequence", sqe->seq);
@@ -440,13 +470,17 @@ static void run(struct request *request)
 	}
 	request->sequence = sequence;
 	sequence->busy = true;
+	if (request->refused) {
+		refuse(request);
+		return;
+	}
 	request->event = sqe->wait_event ? imports_find(&request->space->imports, sqe->wait_event, IMPORT_EVENT) : NULL;
 	if (request->event)
 		import_use(request->event);
 	if (sqe->wait_event && !request->event)
 		request_fail(request, -ENOENT, "sequence %#" PRIx64 ": there is no event %u to wait for", sqe->seq,
 			sqe->wait_event);
-	else if (versioned && sqe->generation != sequence->meta->generation)
+	else if (versioned && !request->completed && sqe->generation != sequence->meta->generation)
 		request_fail(request, -ESTALE, "sequence %#" PRIx64 ": generation %u, it is at %u", sqe->seq,
 			sqe->generation, sequence->meta->generation);
 	else if (compute_must_wait(request))
@@ -455,33 +489,30 @@ static void run(struct request *request)
 		dispatch(request);
 }
 
-static bool is_operation(uint8_t op)
+/* Those that name no sequence of the worker. */
+static bool is_unnamed(uint8_t op)
 {
-	return op <= KVG_OP_QUERY || op == KVG_OP_PUBLISH || op == KVG_OP_FIND || op == KVG_OP_ATTACH ||
-	       op == KVG_OP_FORK;
+	return op == KVG_OP_NOP || op == KVG_OP_CREATE || op == KVG_OP_UNMAPPED || op == KVG_OP_FIND ||
+	       op == KVG_OP_ATTACH;
 }
 
-/* Those that name no sequence of the worker. */
-static bool run_unnamed(struct request *request)
+static void run_unnamed(struct request *request)
 {
 	switch (request->sqe.op) {
-	case KVG_OP_NOP:
-		request_finish(request);
-		return true;
 	case KVG_OP_CREATE:
 		op_create(request);
-		return true;
+		break;
 	case KVG_OP_UNMAPPED:
 		op_unmapped(request);
-		return true;
+		break;
 	case KVG_OP_FIND:
 		op_find(request);
-		return true;
+		break;
 	case KVG_OP_ATTACH:
 		op_attach(request);
-		return true;
+		break;
 	default:
-		return false;
+		request_finish(request);
 	}
 }
 
@@ -489,7 +520,7 @@ static bool is_known(const struct space *space, const struct kvg_sqe *sqe)
 {
 	bool timeline = sqe->wait_value || sqe->signal_value || sqe->wait_event;
 
-	return is_operation(sqe->op) && !sqe->flags && !sqe->reserved0 && !sqe->layout && (!timeline || space->sync);
+	return sqe->op <= KVG_OP_FORK && !sqe->flags && !sqe->reserved0 && !sqe->layout && (!timeline || space->sync);
 }
 
 void space_submit(struct space *space, struct request *request)
@@ -505,9 +536,14 @@ void space_submit(struct space *space, struct request *request)
 			sqe->wait_value || sqe->signal_value || sqe->wait_event ? "used" : "unused");
 		return;
 	}
-	if (run_unnamed(request))
+	if (is_unnamed(sqe->op)) {
+		if (request->refused)
+			refuse(request);
+		else
+			run_unnamed(request);
 		return;
-	sequence = find_sequence(space, sqe->seq);
+	}
+	sequence = space_sequence(space, sqe->seq);
 	if (sequence && sequence->busy)
 		list_add_tail(&sequence->queue, &request->node);
 	else
@@ -638,7 +674,8 @@ static void memory_again(struct memory_wait *wait)
 		context_request_ended(request);
 	if (space_job_ended(request->space))
 		return;
-	request->grow_status = 0;
+	request->grow_status = request->cqe.status = 0;
+	request->text[0] = '\0';
 	request->after(request);
 }
 
@@ -791,4 +828,5 @@ void sequence_publish(const struct sequence *sequence)
 	slot->committed_pos = meta->committed_pos;
 	slot->reserved_pos = meta->reserved_pos;
 	slot->shared_pos = meta->shared_pos;
+	slot->flags = (meta->residency != META_RESIDENT ? KVG_SLOT_OFFLOADED : 0) | (meta->idle ? KVG_SLOT_IDLE : 0);
 }

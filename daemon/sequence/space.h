@@ -24,21 +24,24 @@
 struct gate_set;
 struct space;
 struct evict;
+struct image;
 struct compute_ops;
 struct compute_device;
 struct cuda_lane;
 struct context;
 struct mapping;
+struct retain;
 
 struct sequence {
 	struct space *space;
 	uint32_t slot;
 	struct meta_seq *meta;
 	struct block_owner owner;
-	uint32_t min_slack; /* free places in the last held block of the row that has fewest */
-	uint64_t right;     /* extents that it may draw from the worker's promise */
-	uint64_t wanted;    /* extents without blocks that it will fill soon, see keep.h */
-	bool decodes;       /* its last eviction was one of decoding */
+	uint32_t min_slack;    /* free places in the last held block of the row that has fewest */
+	uint64_t right;        /* extents that it may draw from the worker's promise */
+	uint64_t wanted;       /* extents without blocks that it will fill soon, see keep.h */
+	bool decodes;          /* its last eviction was one of decoding */
+	struct retain *retain; /* owned; NULL: nothing was retained yet */
 	/*
 	 * The context that its rows begin with, a reference; or NULL. meta_row and all that works on rows know the
 	 * sequence's own blocks only: those behind `shared` [rows] blocks of the context, NULL without one.
@@ -47,7 +50,8 @@ struct sequence {
 	const uint32_t *shared;
 	uint32_t tails; /* blocks of its own that it was attached with */
 	bool busy;
-	struct list queue; /* requests that wait */
+	struct list queue;              /* requests that wait */
+	struct reclaimable reclaimable; /* while it is idle and has blocks, see offload.h */
 };
 
 /* Which entries of a sequence's rows have changed in the table since the worker's kernels last read them. */
@@ -69,6 +73,10 @@ struct request {
 	struct kvg_sqe sqe;
 	struct kvg_cqe cqe;
 	char text[KVG_TEXT_SIZE]; /* why status is negative */
+	/* NULL: a worker's request, which space_ops.complete() ends. Otherwise the daemon's own, see offload.h. */
+	void (*completed)(struct request *);
+	struct list own_node; /* of the daemon's own: in the space's list */
+	double share; /* EVICT, DECODE, of the daemon's own: of all tokens' pairs, those that stay; 0: the policy's */
 	struct space *space;
 	struct sequence *sequence; /* whose busy flag this request holds, or NULL */
 	struct job job;
@@ -94,6 +102,10 @@ struct request {
 	uint64_t lack;                         /* bytes that it would have had to charge beyond its promise */
 	struct memory_wait wait;               /* for memory that others give back */
 	uint32_t withheld;                     /* RESERVE: extents without blocks that others count on */
+	uint64_t staged_rows;                  /* STAGE: what the session counts against the tenant's limit */
+	int refused;         /* by the session, with text: fails with this when its turn comes; 0: it is not */
+	struct image *image; /* to or from the host tier */
+	void (*restored)(struct request *); /* RESTORE, RESERVE: what comes after the sequence's blocks are back */
 };
 
 /* What a space tells its session; given at creation, called on the reactor. */
@@ -160,6 +172,7 @@ struct space {
 	unsigned waits;              /* requests that the executor asks about, see compute_wait() */
 	struct list wait_queue;      /* those that come after them */
 	struct list evict_queue;
+	struct list own;        /* requests of the daemon's own that are not completed */
 	unsigned evicting;      /* evictions under way */
 	uint32_t evict_slots;   /* of them, by bit */
 	uint64_t evict_reserve; /* free blocks that only evictions under way may take */
@@ -243,9 +256,6 @@ struct sequence *sequence_new(struct space *space, const struct kvg_policy *poli
 /* Gives everything of a sequence back and frees it. */
 void sequence_drop(struct sequence *sequence);
 
-/* Blocks that the sequence may come to have: those it has, when all its tokens have been read and made. */
-uint64_t sequence_need(const struct sequence *sequence);
-
 /* The place in the worker's table of the row's own blocks, and the row's length there, set from the metadata. */
 uint32_t *sequence_table_row(const struct sequence *sequence, uint32_t row);
 void sequence_table_length(const struct sequence *sequence, uint32_t row);
@@ -273,6 +283,14 @@ uint32_t sequence_block(const struct sequence *sequence, uint32_t row, uint32_t 
 
 /* One of the destructions that an UNMAPPED waits for is over; each counted as a job of the space. */
 void space_unmapped_part(struct request *request);
+/* The sequence of a handle, or NULL. */
+struct sequence *space_sequence(const struct space *space, uint64_t handle);
+
+/* Writes ids of runs of stripes [begin, end) to the worker's table, behind the held ones. */
+void sequence_publish_stripes(struct sequence *sequence, uint32_t begin, uint32_t end);
+
+/* Gives all of its blocks back; the rows still count them. */
+void sequence_give_blocks(struct sequence *sequence);
 
 /* Writes the state of a sequence to the worker's table. */
 void sequence_publish(const struct sequence *sequence);
@@ -295,5 +313,9 @@ void op_publish(struct request *request);
 void op_find(struct request *request);
 void op_attach(struct request *request);
 void op_fork(struct request *request);
+void op_offload(struct request *request);
+void op_restore(struct request *request);
+void op_idle(struct request *request);
+void op_recall(struct request *request);
 
 #endif

@@ -1,4 +1,4 @@
-#include "daemon/session/admin.h"
+#include "daemon/session/admin_peer.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -8,25 +8,16 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "control.pb-c.h"
 #include "daemon/base/log.h"
 #include "proto/size.h"
 #include "daemon/metrics/audit.h"
 #include "daemon/sequence/context.h"
 #include "daemon/session/worker.h"
+#include "daemon/tier/host.h"
 #include "proto/frame.h"
 
 #define MESSAGE_MAX   4096u
 #define MESSAGE_SHARE 16u
-
-struct admin_peer {
-	struct list node;
-	struct admin *admin;
-	int fd;
-	struct loop_watch *watch;
-	struct outbox outbox;
-	bool failed; /* a reply could not be sent */
-};
 
 /* A request for the status that waits for the device's answer. */
 struct status_wait {
@@ -54,6 +45,20 @@ static void reply_error(struct admin_peer *peer, uint64_t id, int status, const 
 	reply_send(peer, &reply, id);
 }
 
+void admin_answer(struct admin_peer *peer, Kvg__AdminReply *reply, uint64_t id)
+{
+	reply_send(peer, reply, id);
+	if (peer->failed)
+		loop_watch_again(peer->watch);
+}
+
+void admin_refuse(struct admin_peer *peer, uint64_t id, int status, const char *text)
+{
+	reply_error(peer, id, status, text);
+	if (peer->failed)
+		loop_watch_again(peer->watch);
+}
+
 static uint32_t count_sequences(const struct server *server)
 {
 	uint32_t count = 0;
@@ -72,9 +77,22 @@ static uint32_t count_contexts(const struct server *server)
 	return count;
 }
 
+static uint64_t count_reserved(const struct server *server)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < server->tenant_count; i++)
+		bytes += reserve_bytes(&server->tenants[i]->reserve);
+	return bytes;
+}
+
 static uint64_t count_overhead(const struct server *server)
 {
-	uint64_t bytes = meta_physical(server->pool->meta);
+	const struct pool *pool = server->pool;
+	uint64_t bytes = meta_physical(pool->meta), populated = pool->tier ? host_tier_populated(pool->tier) : 0;
+
+	if (populated > pool->host.account->charged) /* free frames, for whoever comes next */
+		bytes += populated - pool->host.account->charged;
 
 	for (const struct list *node = server->workers.next; node != &server->workers; node = node->next)
 		bytes += worker_overhead(list_entry(node, struct worker, node));
@@ -127,6 +145,10 @@ static void send_status(struct admin_peer *peer, uint64_t id)
 	status.sequences = count_sequences(server);
 	status.has_contexts = true;
 	status.contexts = count_contexts(server);
+	status.has_host_size = status.has_host_charged = status.has_reserved = true;
+	status.host_size = pool->host.account->max;
+	status.host_charged = pool->host.account->charged;
+	status.reserved = count_reserved(server);
 	status.state_dir = (char *)(uintptr_t)server->state_dir;
 	fill_device(&status, peer->admin);
 	reply.body_case = KVG__ADMIN_REPLY__BODY_STATUS;
@@ -198,6 +220,37 @@ static void forget_waits(struct admin_peer *peer)
 	}
 }
 
+static void fill_tenant(Kvg__Tenant *row, const struct tenant *tenant)
+{
+	const struct quota_account *account = tenant->quota.account, *host = tenant->host.account;
+
+	kvg__tenant__init(row);
+	row->name = tenant->name;
+	row->socket = (char *)(uintptr_t)tenant->socket;
+	row->device_max = account->max;
+	row->charged = account->charged;
+	row->promised = account->promised;
+	row->unreturned = account->unreturned;
+	row->workers = tenant->workers;
+	row->sequences = tenant->sequences;
+	row->has_contexts = true;
+	row->contexts = tenant->contexts;
+	row->refusals = account->refusals;
+	row->high_water = account->high_water;
+	row->has_device_min = row->has_reserved = true;
+	row->has_host_min = row->has_host_max = row->has_host_charged = row->has_host_high_water = true;
+	row->has_device_high = account->high != 0;
+	row->has_host_high = host->high != 0;
+	row->device_min = account->min;
+	row->device_high = account->high;
+	row->reserved = reserve_bytes(&tenant->reserve);
+	row->host_min = host->min;
+	row->host_high = host->high;
+	row->host_max = host->max;
+	row->host_charged = host->charged;
+	row->host_high_water = host->high_water;
+}
+
 static void on_tenants(struct admin_peer *peer, uint64_t id)
 {
 	const struct server *server = peer->admin->server;
@@ -207,22 +260,7 @@ static void on_tenants(struct admin_peer *peer, uint64_t id)
 	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
 
 	for (size_t i = 0; rows && pointers && i < server->tenant_count; i++) {
-		const struct tenant *tenant = server->tenants[i];
-		const struct quota_account *account = tenant->quota.account;
-
-		kvg__tenant__init(&rows[i]);
-		rows[i].name = tenant->name;
-		rows[i].socket = (char *)(uintptr_t)tenant->socket;
-		rows[i].device_max = account->max;
-		rows[i].charged = account->charged;
-		rows[i].promised = account->promised;
-		rows[i].unreturned = account->unreturned;
-		rows[i].workers = tenant->workers;
-		rows[i].sequences = tenant->sequences;
-		rows[i].refusals = account->refusals;
-		rows[i].high_water = account->high_water;
-		rows[i].has_contexts = true;
-		rows[i].contexts = tenant->contexts;
+		fill_tenant(&rows[i], server->tenants[i]);
 		pointers[list.n_tenants++] = &rows[i];
 	}
 	list.tenants = pointers;
@@ -289,6 +327,16 @@ static void on_workers(struct admin_peer *peer, uint64_t id)
 	free(pointers);
 }
 
+static const char *state_of(const struct meta_seq *meta)
+{
+	static const char *const states[] = {[META_RESIDENT] = "active",
+		[META_OFFLOADING] = "offloading",
+		[META_OFFLOADED] = "offloaded",
+		[META_RESTORING] = "restoring"};
+
+	return meta->residency == META_RESIDENT && meta->idle ? "idle" : states[meta->residency];
+}
+
 static void fill_sequence(Kvg__Sequence *row, const struct worker *worker, const struct sequence *sequence)
 {
 	const struct meta_seq *meta = sequence->meta;
@@ -307,10 +355,11 @@ static void fill_sequence(Kvg__Sequence *row, const struct worker *worker, const
 	row->ratio = meta->policy.ratio;
 	row->level = meta->policy.level;
 	row->evictions = meta->evictions;
-	if (sequence->context) {
-		row->has_context = true;
-		row->context = sequence->context->part.context->id;
-	}
+	row->state = (char *)(uintptr_t)state_of(meta);
+	row->has_image = row->has_retained = row->has_context = true;
+	row->image = meta->image_bytes;
+	row->retained = meta->retained_bytes;
+	row->context = sequence->context ? sequence->context->part.context->id : 0;
 }
 
 /* ---- contexts ---- */
@@ -454,42 +503,102 @@ static void on_audit(struct admin_peer *peer, uint64_t id)
 
 /* ---- budgets ---- */
 
-static void send_budget(struct admin_peer *peer, uint64_t id, const struct tenant *tenant)
+static void fill_budget(Kvg__Budget *budget, const struct tenant *tenant)
+{
+	const struct quota_account *device = tenant->quota.account, *host = tenant->host.account;
+
+	budget->tenant = tenant->name;
+	budget->device_max = device->max;
+	budget->charged = device->charged;
+	budget->promised = device->promised;
+	budget->has_device_min = budget->has_unreturned = true;
+	budget->has_host_min = budget->has_host_max = budget->has_host_charged = true;
+	budget->has_device_high = device->high != 0;
+	budget->has_host_high = host->high != 0;
+	budget->device_min = device->min;
+	budget->device_high = device->high;
+	budget->unreturned = device->unreturned;
+	budget->host_min = host->min;
+	budget->host_high = host->high;
+	budget->host_max = host->max;
+	budget->host_charged = host->charged;
+}
+
+void admin_send_budget(struct admin_peer *peer, uint64_t id, const struct tenant *tenant, const char *standing)
 {
 	Kvg__Budget budget = KVG__BUDGET__INIT;
 	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
 
-	budget.tenant = tenant->name;
-	budget.device_max = tenant->quota.account->max;
-	budget.charged = tenant->quota.account->charged;
-	budget.promised = tenant->quota.account->promised;
+	fill_budget(&budget, tenant);
+	budget.has_live = true;
+	budget.live = budgets_are_live(peer->admin->server->budgets, tenant->index);
+	budget.standing = (char *)(uintptr_t)standing;
 	reply.body_case = KVG__ADMIN_REPLY__BODY_BUDGET;
 	reply.budget = &budget;
 	reply_send(peer, &reply, id);
 }
 
-static void on_budget(struct admin_peer *peer, uint64_t id, const char *name, const uint64_t *device_max)
+/* NULL, and the request is answered, when there is none of that name. */
+static struct tenant *named_tenant(struct admin_peer *peer, uint64_t id, const char *name)
 {
 	struct tenant *tenant = server_tenant(peer->admin->server, name);
-	uint64_t pool_size = peer->admin->server->pool->quota.account->max;
-	char text[256], asked[KVG_SIZE_TEXT], limit[KVG_SIZE_TEXT];
+	char text[BUDGET_TEXT];
 
 	if (!tenant) {
 		(void)snprintf(text, sizeof(text), "tenant %s: there is no such tenant", name);
 		reply_error(peer, id, -ENOENT, text);
-	} else if (device_max && *device_max > pool_size) {
-		(void)snprintf(text, sizeof(text), "tenant %s: device.max %s is more than the pool's %s", name,
-			kvg_size_format(*device_max, asked), kvg_size_format(pool_size, limit));
-		reply_error(peer, id, -EINVAL, text);
-	} else {
-		if (device_max) {
-			log_info("tenant %s: device.max %s -> %s", name,
-				kvg_size_format(tenant->quota.account->max, limit),
-				kvg_size_format(*device_max, asked));
-			tenant->quota.account->max = *device_max;
-		}
-		send_budget(peer, id, tenant);
 	}
+	return tenant;
+}
+
+static void on_budget_get(struct admin_peer *peer, uint64_t id, const char *name)
+{
+	const struct tenant *tenant = named_tenant(peer, id, name);
+
+	if (tenant)
+		admin_send_budget(peer, id, tenant, NULL);
+}
+
+static void on_budget_set(struct admin_peer *peer, uint64_t id, const Kvg__BudgetSet *set)
+{
+	const struct budget_values values = {.bytes = {set->device_min, set->device_high, set->device_max,
+						     set->host_min, set->host_high, set->host_max},
+		.set = {set->has_device_min, set->has_device_high, set->has_device_max, set->has_host_min,
+			set->has_host_high, set->has_host_max}};
+	struct tenant *tenant = named_tenant(peer, id, set->tenant);
+	char text[BUDGET_TEXT];
+	int r;
+
+	if (!tenant)
+		return;
+	r = budgets_set(peer->admin->server->budgets, tenant->index, &values, text);
+	if (r < 0)
+		reply_error(peer, id, r, text);
+	else
+		admin_settle_budget(peer, id, tenant);
+}
+
+static void on_budget_reset(struct admin_peer *peer, uint64_t id, const char *name)
+{
+	struct tenant *tenant = named_tenant(peer, id, name);
+	char text[BUDGET_TEXT];
+	int r;
+
+	if (!tenant)
+		return;
+	r = budgets_reset(peer->admin->server->budgets, tenant->index, text);
+	if (r < 0)
+		reply_error(peer, id, r, text);
+	else
+		admin_settle_budget(peer, id, tenant);
+}
+
+static void on_reclaim(struct admin_peer *peer, uint64_t id, const Kvg__Reclaim *reclaim)
+{
+	struct tenant *tenant = named_tenant(peer, id, reclaim->tenant);
+
+	if (tenant)
+		admin_settle_reclaim(peer, id, tenant, reclaim->has_bytes ? reclaim->bytes : UINT64_MAX);
 }
 
 /* ---- connections ---- */
@@ -516,10 +625,19 @@ static void dispatch(struct admin_peer *peer, const Kvg__AdminRequest *request)
 		on_contexts(peer, request->id);
 		break;
 	case KVG__ADMIN_REQUEST__BODY_BUDGET_GET:
-		on_budget(peer, request->id, request->budget_get->tenant, NULL);
+		on_budget_get(peer, request->id, request->budget_get->tenant);
 		break;
 	case KVG__ADMIN_REQUEST__BODY_BUDGET_SET:
-		on_budget(peer, request->id, request->budget_set->tenant, &request->budget_set->device_max);
+		on_budget_set(peer, request->id, request->budget_set);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_BUDGET_RESET:
+		on_budget_reset(peer, request->id, request->budget_reset->tenant);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_RECLAIM:
+		on_reclaim(peer, request->id, request->reclaim);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_SEQUENCE_WORK:
+		admin_work(peer, request->id, request->sequence_work);
 		break;
 	default:
 		reply_error(peer, request->id, -EOPNOTSUPP, "admin: a message of unknown type");
@@ -530,6 +648,8 @@ static void peer_free(struct admin_peer *peer)
 {
 	list_remove(&peer->node);
 	forget_waits(peer);
+	admin_work_forget(peer);
+	admin_settle_forget(peer);
 	(void)loop_watch_free(peer->watch);
 	outbox_deinit(&peer->outbox);
 	(void)close(peer->fd);
@@ -599,6 +719,8 @@ void admin_init(struct admin *admin, struct server *server)
 	*admin = (struct admin){.server = server};
 	list_init(&admin->peers);
 	list_init(&admin->waits);
+	list_init(&admin->works);
+	list_init(&admin->settles);
 }
 
 void admin_deinit(struct admin *admin)
@@ -607,4 +729,5 @@ void admin_deinit(struct admin *admin)
 
 	while ((node = list_pop(&admin->peers)))
 		peer_free(list_entry(node, struct admin_peer, node));
+	admin_settle_deinit(admin);
 }

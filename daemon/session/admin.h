@@ -1,5 +1,5 @@
 /*
- * admin.h - the operator's connections: status, lists, audit, budgets. Only the
+ * admin.h - the operator's connections: status, lists, audit, budgets, idle sequences. Only the
  * admin socket speaks this; a worker's socket does not know these messages.
  */
 #ifndef KVG_ADMIN_H
@@ -12,6 +12,8 @@
 struct admin {
 	struct server *server;
 	struct list peers;
+	struct list works;    /* on sequences, under way; see admin_work.c */
+	struct list settles;  /* budgets and reclaims that wait for memory; see admin_settle.c */
 	struct list waits;    /* requests for the status, which wait for usage_job */
 	struct job usage_job; /* asks the device for the bytes in use; on the executor when usage_pending */
 	bool usage_pending;

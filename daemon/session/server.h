@@ -5,14 +5,17 @@
 #ifndef KVG_SERVER_H
 #define KVG_SERVER_H
 
+#include "daemon/session/budgets.h"
 #include "daemon/tenant/reclaim.h"
 
 struct server {
 	struct loop *loop;
 	struct executor *executor;
 	struct pool *pool;
+	struct host_tier *tier; /* pool->tier, owned here */
 	struct tenant **tenants;
 	size_t tenant_count;
+	struct budgets *budgets; /* of the tenants, in the same order */
 	struct list workers;
 	struct list active; /* workers whose rings are polled; all others ring their doorbell */
 	struct list dead;   /* workers to take down in this round */

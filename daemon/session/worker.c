@@ -64,6 +64,8 @@ static void worker_free(struct worker *worker)
 	list_remove(&worker->node);
 	worker->server->worker_count--;
 	worker->tenant->workers--;
+	worker->tenant->entries -= worker->entries;
+	worker->tenant->staged_rows -= worker->staged_rows;
 	(void)space_free(worker->space);
 	for (uint32_t i = 0; worker->requests && i < worker->ring.entries; i++)
 		request_deinit(&worker->requests[i]);
@@ -134,10 +136,60 @@ static void send_wake(struct worker *worker)
 	send_event(worker, &reply, NULL, 0);
 }
 
+/* ---- how much is under way ---- */
+
+static void count_entry(struct worker *worker, const struct request *request)
+{
+	worker->entries++;
+	worker->tenant->entries++;
+	worker->staged_rows += request->staged_rows;
+	worker->tenant->staged_rows += request->staged_rows;
+}
+
+static void uncount_entry(struct worker *worker, const struct request *request)
+{
+	worker->entries--;
+	worker->tenant->entries--;
+	worker->staged_rows -= request->staged_rows;
+	worker->tenant->staged_rows -= request->staged_rows;
+}
+
+/* What gives memory back is never refused. */
+static bool gives_back(uint8_t op)
+{
+	return op == KVG_OP_UNMAPPED || op == KVG_OP_FREE || op == KVG_OP_RELIEF || op == KVG_OP_NOP;
+}
+
+/* Whether the tenant may have one more entry under way, with the rows that it stages; if not, text says why. */
+static bool is_allowed(const struct worker *worker, struct request *request)
+{
+	const struct tenant *tenant = worker->tenant;
+	const struct kvg_sqe *sqe = &request->sqe;
+	uint64_t rows = sqe->op == KVG_OP_STAGE ? (uint64_t)sqe->stage.rows * sqe->stage.layer_count : 0;
+
+	if (tenant->entries >= tenant->limits.entries && !gives_back(sqe->op)) {
+		(void)snprintf(request->text, sizeof(request->text),
+			"%s: %u entries under way, at most %u (max_entries)", tenant->quota.name, tenant->entries,
+			tenant->limits.entries);
+		return false;
+	}
+	if (rows && (rows > tenant->limits.staged_rows || tenant->staged_rows > tenant->limits.staged_rows - rows)) {
+		(void)snprintf(request->text, sizeof(request->text),
+			"%s: stage: %llu rows of all layers, %llu under way, at most %llu (max_staged_rows)",
+			tenant->quota.name, (unsigned long long)rows, (unsigned long long)tenant->staged_rows,
+			(unsigned long long)tenant->limits.staged_rows);
+		return false;
+	}
+	request->staged_rows = rows;
+	return true;
+}
+
 static void complete(void *user, struct request *request)
 {
 	struct worker *worker = user;
 
+	if (!request->refused)
+		uncount_entry(worker, request);
 	worker->errors += request->cqe.status < 0;
 	list_remove(&request->node);
 	list_add_head(&worker->free_requests, &request->node);
@@ -226,6 +278,10 @@ static void submit(struct worker *worker, const struct kvg_sqe *sqe)
 	*request = (struct request){.sqe = *sqe, .cqe.user_data = sqe->user_data};
 	list_init(&request->node);
 	worker->submitted++;
+	if (is_allowed(worker, request))
+		count_entry(worker, request);
+	else
+		request->refused = -EAGAIN;
 	if (sqe->op == KVG_OP_RELIEF) {
 		relief(worker, request);
 		return;
@@ -234,7 +290,9 @@ static void submit(struct worker *worker, const struct kvg_sqe *sqe)
 		space_submit(worker->space, request);
 		return;
 	}
-	if (sqe->op != KVG_OP_NOP) {
+	if (request->refused) {
+		request->cqe.status = request->refused;
+	} else if (sqe->op != KVG_OP_NOP) {
 		request->cqe.status = -ENOTCONN;
 		(void)snprintf(request->text, sizeof(request->text),
 			"entry: operation %u before a layout is registered", sqe->op);

@@ -17,8 +17,6 @@
 #include "daemon/session/ring.h"
 #include "daemon/session/server.h"
 
-#define WORKER_CONNECTIONS 256u /* of one tenant */
-
 struct worker {
 	struct list node;        /* in the server's list */
 	struct list active_node; /* in `active` or `dead`, or alone */
@@ -41,6 +39,8 @@ struct worker {
 	struct setup *setup; /* the request that the executor works on */
 	uint64_t last_work_ns;
 	uint64_t submitted, errors;
+	unsigned entries;                /* under way, and counted by its tenant */
+	uint64_t staged_rows;            /* in them */
 	struct loop_timer *relief_timer; /* see pressure.h */
 	uint32_t pressure, relieved;     /* the last number that it was asked with, and that it answered */
 	uint32_t asked_event;            /* the last event that asked it to unmap when the timer was started */

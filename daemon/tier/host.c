@@ -34,6 +34,7 @@ struct host_tier {
 	uint32_t free_count;
 	struct piece *pieces;
 	_Atomic(uint64_t) populated;
+	struct turns turns;
 };
 
 static uint32_t piece_count(const struct host_tier *tier)
@@ -265,6 +266,11 @@ int host_tier_open(struct host_tier *tier, uint32_t frame)
 	r = kind->ops->pin ? kind->ops->pin(kind, tier->base + begin, bytes) : 0;
 	piece->ready = r >= 0;
 	return r;
+}
+
+struct turns *host_tier_turns(struct host_tier *tier)
+{
+	return &tier->turns;
 }
 
 /* ---- cursors ---- */

@@ -18,6 +18,7 @@
 #define KVG_TIER_HOST_H
 
 #include "daemon/tenant/tenant.h"
+#include "daemon/tier/turns.h"
 
 #define HOST_FRAME        (64u << 10) /* bytes of a frame, on the host kind and */
 #define HOST_FRAME_DEVICE (2u << 20)  /* where there is a device */
@@ -68,6 +69,9 @@ uint8_t *host_tier_at(const struct host_tier *tier, uint32_t frame);
  * (it is the caller's to let others have their turn); or another negative errno. Executor only.
  */
 int host_tier_open(struct host_tier *tier, uint32_t frame);
+
+/* How copies to and from the tier share the executor. */
+struct turns *host_tier_turns(struct host_tier *tier);
 
 /* ---- writing and reading a chain from its beginning ---- */
 

@@ -8,7 +8,8 @@
 #include "tests/support/daemon.h"
 #include "tests/support/runner.h"
 
-#define MIB (1024 * 1024)
+#define MIB   (1024 * 1024)
+#define WORDS 5
 
 struct stage {
 	struct fixture fixture;
@@ -41,8 +42,8 @@ static void stage_close(struct stage *s)
 	fixture_stop(&s->fixture);
 }
 
-/* Runs kvgatectl with up to four words; returns its exit status. */
-static int ctl(const struct stage *s, int as_json, const char *const words[4], struct process_output *ret)
+/* Runs kvgatectl with up to five words; returns its exit status. */
+static int ctl(const struct stage *s, int as_json, const char *const words[WORDS], struct process_output *ret)
 {
 	char admin[FIXTURE_PATH];
 	const char *argv[10] = {KVG_BIN_CTL, "--socket", fixture_path(&s->fixture, "state/admin.sock", admin)};
@@ -50,7 +51,7 @@ static int ctl(const struct stage *s, int as_json, const char *const words[4], s
 
 	if (as_json)
 		argv[n++] = "--json";
-	for (size_t i = 0; i < 4 && words[i]; i++)
+	for (size_t i = 0; i < WORDS && words[i]; i++)
 		argv[n++] = words[i];
 	process_run(argv, FIXTURE_WAIT_MS, ret);
 	return ret->status;
@@ -66,7 +67,7 @@ static void test_every_listing_names_what_is_there(void **state)
 	(void)state;
 	stage_open(&s);
 	for (size_t i = 0; i < sizeof(listings) / sizeof(*listings); i++) {
-		const char *const words[4] = {listings[i][0]};
+		const char *const words[WORDS] = {listings[i][0]};
 		json_t *json;
 
 		assert_int_equal(ctl(&s, 0, words, &output), 0);
@@ -83,8 +84,8 @@ static void test_every_listing_names_what_is_there(void **state)
 
 static void test_a_budget_is_set_and_holds_at_once(void **state)
 {
-	static const char *const set[4] = {"budget", "set", "search", "device.max=8M"};
-	static const char *const get[4] = {"budget", "get", "search"};
+	static const char *const set[WORDS] = {"budget", "set", "search", "device.max=8M"};
+	static const char *const get[WORDS] = {"budget", "get", "search"};
 	struct fixture_usage usage;
 	struct process_output output;
 	struct stage s;
@@ -101,9 +102,34 @@ static void test_a_budget_is_set_and_holds_at_once(void **state)
 	stage_close(&s);
 }
 
+/* Several values in one call, and all of them back. */
+static void test_a_budget_of_several_values_is_reset(void **state)
+{
+	static const char *const set[WORDS] = {"budget", "set", "search", "device.max=12M", "device.min=10M"};
+	static const char *const reset[WORDS] = {"budget", "reset", "search"};
+	struct fixture_usage usage;
+	struct process_output output;
+	struct stage s;
+
+	(void)state;
+	stage_open(&s);
+	assert_int_equal(ctl(&s, 0, set, &output), 0);
+	assert_non_null(strstr(output.out, "set live    yes"));
+	fixture_tenant(&s.fixture, "search", &usage);
+	assert_int_equal(usage.device_max, 12 * MIB);
+	assert_int_equal(usage.device_min, 10 * MIB);
+	assert_int_equal(ctl(&s, 0, reset, &output), 0);
+	assert_non_null(strstr(output.out, "set live    no"));
+	fixture_tenant(&s.fixture, "search", &usage);
+	assert_int_equal(usage.device_max, 16 * MIB);
+	assert_int_equal(usage.device_min, 0);
+	fixture_wait_reserved(&s.fixture, "search", 0);
+	stage_close(&s);
+}
+
 static void test_a_wrong_word_or_tenant_is_named(void **state)
 {
-	static const char *const wrong[][4] = {{"budget", "get", "nobody"},
+	static const char *const wrong[][WORDS] = {{"budget", "get", "nobody"},
 		{"budget", "set", "nobody", "device.max=1M"}, {"budget", "set", "search", "device.max=lots"},
 		{"dance"}};
 	static const char *const names[] = {"nobody", "nobody", "lots", "dance"};
@@ -126,6 +152,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_every_listing_names_what_is_there),
 		cmocka_unit_test(test_a_budget_is_set_and_holds_at_once),
+		cmocka_unit_test(test_a_budget_of_several_values_is_reset),
 		cmocka_unit_test(test_a_wrong_word_or_tenant_is_named),
 	};
 

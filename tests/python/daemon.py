@@ -22,9 +22,13 @@ def programs() -> Path:
     return Path(os.environ.get("KVG_BUILD") or ROOT / "build") / "bin"
 
 
-def config(size: str = "32M", extent: str = "256K", kind: str = "host", **tenants: str) -> str:
-    """A configuration: a pool of that size, and NAME="lines" for each tenant (tenant a, when none is named)."""
+def config(size: str = "32M", extent: str = "256K", kind: str = "host", host: str = "", **tenants: str) -> str:
+    """A configuration: a pool of that size, and NAME="lines" for each tenant (tenant a, when none is named).
+
+    host: bytes of the host tier; "": there is none.
+    """
     text = POOL.format(kind=kind, size=size, extent=extent)
+    text += f"host.size = {host}\n" if host else ""
     for name, lines in (tenants or {"a": ""}).items():
         text += f"\n[tenant {name}]\nsocket = {name}.sock\n{lines}\n"
     return text

@@ -304,6 +304,8 @@ void fixture_usage(const struct fixture *fixture, struct fixture_usage *ret)
 		.unreturned = status->unreturned,
 		.overhead = status->overhead,
 		.extents = status->extents,
+		.reserved = status->reserved,
+		.host_charged = status->host_charged,
 		.workers = status->workers,
 		.sequences = status->sequences,
 	};
@@ -330,6 +332,13 @@ void fixture_tenant(const struct fixture *fixture, const char *tenant, struct fi
 		.unreturned = found->unreturned,
 		.high_water = found->high_water,
 		.refusals = found->refusals,
+		.device_min = found->device_min,
+		.device_high = found->device_high,
+		.reserved = found->reserved,
+		.host_min = found->host_min,
+		.host_high = found->host_high,
+		.host_max = found->host_max,
+		.host_charged = found->host_charged,
 		.workers = found->workers,
 		.sequences = found->sequences,
 	};
@@ -359,19 +368,13 @@ void fixture_audit(const struct fixture *fixture)
 	kvg__admin_reply__free_unpacked(reply, NULL);
 }
 
-int fixture_budget_set(const struct fixture *fixture, const char *tenant, uint64_t device_max, char *text)
+/* A request that is answered with the tenant's budget, or refused. */
+static int ask_budget(
+	const struct fixture *fixture, Kvg__AdminRequest *request, const char *tenant, char *text, bool *ret_live)
 {
-	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
-	Kvg__BudgetSet set = KVG__BUDGET_SET__INIT;
-	Kvg__AdminReply *reply;
+	Kvg__AdminReply *reply = exchange(fixture, request);
 	int r = 0;
 
-	set.tenant = (char *)(uintptr_t)tenant;
-	set.has_device_max = 1;
-	set.device_max = device_max;
-	request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_SET;
-	request.budget_set = &set;
-	reply = exchange(fixture, &request);
 	if (reply->body_case == KVG__ADMIN_REPLY__BODY_ERROR) {
 		r = reply->error->status;
 		assert_true(r < 0);
@@ -379,10 +382,96 @@ int fixture_budget_set(const struct fixture *fixture, const char *tenant, uint64
 	} else {
 		assert_int_equal(reply->body_case, KVG__ADMIN_REPLY__BODY_BUDGET);
 		assert_string_equal(reply->budget->tenant, tenant);
-		assert_int_equal(reply->budget->device_max, device_max);
+		*ret_live = reply->budget->live;
 	}
 	kvg__admin_reply__free_unpacked(reply, NULL);
 	return r;
+}
+
+int fixture_budget_change(
+	const struct fixture *fixture, const char *tenant, const char *key, uint64_t bytes, char *text)
+{
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__BudgetSet set = KVG__BUDGET_SET__INIT;
+	struct {
+		const char *key;
+		protobuf_c_boolean *has;
+		uint64_t *bytes;
+	} fields[] = {
+		{"device.min", &set.has_device_min, &set.device_min},
+		{"device.high", &set.has_device_high, &set.device_high},
+		{"device.max", &set.has_device_max, &set.device_max},
+		{"host.min", &set.has_host_min, &set.host_min},
+		{"host.high", &set.has_host_high, &set.host_high},
+		{"host.max", &set.has_host_max, &set.host_max},
+	};
+	bool live;
+
+	set.tenant = (char *)(uintptr_t)tenant;
+	for (size_t i = 0; i < sizeof(fields) / sizeof(*fields); i++) {
+		if (strcmp(fields[i].key, key) != 0)
+			continue;
+		*fields[i].has = 1;
+		*fields[i].bytes = bytes;
+	}
+	request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_SET;
+	request.budget_set = &set;
+	return ask_budget(fixture, &request, tenant, text, &live);
+}
+
+int fixture_budget_set(const struct fixture *fixture, const char *tenant, uint64_t device_max, char *text)
+{
+	struct fixture_usage usage;
+	int r = fixture_budget_change(fixture, tenant, "device.max", device_max, text);
+
+	if (r == 0) {
+		fixture_tenant(fixture, tenant, &usage);
+		assert_int_equal(usage.device_max, device_max);
+	}
+	return r;
+}
+
+int fixture_budget_reset(const struct fixture *fixture, const char *tenant, char *text)
+{
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__BudgetKey key = KVG__BUDGET_KEY__INIT;
+	bool live;
+	int r;
+
+	key.tenant = (char *)(uintptr_t)tenant;
+	request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_RESET;
+	request.budget_reset = &key;
+	r = ask_budget(fixture, &request, tenant, text, &live);
+	assert_true(r < 0 || !live);
+	return r;
+}
+
+bool fixture_budget_is_live(const struct fixture *fixture, const char *tenant)
+{
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__BudgetKey key = KVG__BUDGET_KEY__INIT;
+	char text[FIXTURE_TEXT];
+	bool live = false;
+
+	key.tenant = (char *)(uintptr_t)tenant;
+	request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_GET;
+	request.budget_get = &key;
+	if (ask_budget(fixture, &request, tenant, text, &live) < 0)
+		fail_msg("%s", text);
+	return live;
+}
+
+void fixture_wait_reserved(const struct fixture *fixture, const char *tenant, uint64_t bytes)
+{
+	uint64_t deadline = fixture_now_ms() + FIXTURE_WAIT_MS;
+	struct fixture_usage usage;
+
+	do {
+		fixture_tenant(fixture, tenant, &usage);
+		if (usage.reserved == bytes)
+			return;
+	} while (fixture_now_ms() < deadline);
+	fail_msg("tenant %s: %" PRIu64 " bytes reserved, expected %" PRIu64, tenant, usage.reserved, bytes);
 }
 
 bool fixture_wait_gone(const struct fixture *fixture, uint32_t workers, uint64_t charged, unsigned limit_ms)

@@ -30,6 +30,7 @@ struct fixture {
 struct fixture_usage {
 	uint64_t extent_size, pool_size, device_max;
 	uint64_t charged, promised, unreturned, overhead, high_water, refusals;
+	uint64_t device_min, device_high, reserved, host_min, host_high, host_max, host_charged;
 	uint32_t extents, workers, sequences;
 };
 
@@ -70,6 +71,17 @@ void fixture_audit(const struct fixture *fixture);
 
 /* Sets a tenant's device.max: 0, or the negative errno of the refusal with its text (FIXTURE_TEXT bytes). */
 int fixture_budget_set(const struct fixture *fixture, const char *tenant, uint64_t device_max, char *text);
+
+/* The same for any of the six: "device.min" and so on; and back to the configuration's. */
+int fixture_budget_change(
+	const struct fixture *fixture, const char *tenant, const char *key, uint64_t bytes, char *text);
+int fixture_budget_reset(const struct fixture *fixture, const char *tenant, char *text);
+
+/* Whether any of a tenant's values was set live. */
+bool fixture_budget_is_live(const struct fixture *fixture, const char *tenant);
+
+/* Waits until a tenant has exactly that many bytes of its min in nobody's use. */
+void fixture_wait_reserved(const struct fixture *fixture, const char *tenant, uint64_t bytes);
 
 /* Waits until at most `charged` bytes are charged and nothing is unreturned; true when that came within the limit. */
 bool fixture_wait_charged(const struct fixture *fixture, uint64_t charged, unsigned limit_ms);

@@ -1,11 +1,14 @@
 #include "tests/support/session_fixture.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+#include "daemon/tier/host.h"
 
 /* ---- the loop ---- */
 
@@ -56,6 +59,7 @@ struct session *session_new(void)
 	struct server *server;
 
 	assert_non_null(session);
+	(void)snprintf(session->dir, sizeof(session->dir), "/tmp/kvgate-session-XXXXXX");
 	server = &session->server;
 	assert_int_equal(loop_new(&server->loop), 0);
 	assert_int_equal(executor_new(server->loop, &server->executor), 0);
@@ -63,19 +67,33 @@ struct session *session_new(void)
 	assert_int_equal(pool_new(server->loop, server->executor, session->kind, 16 * SESSION_EXTENT, SESSION_EXTENT,
 				 &server->pool),
 		0);
+	assert_int_equal(host_tier_new(server->pool, SESSION_HOST, &server->tier), 0);
 	server->tenants = calloc(2, sizeof(struct tenant *));
 	assert_non_null(server->tenants);
 	for (; server->tenant_count < 2; server->tenant_count++) {
 		assert_int_equal(tenant_new(server->pool, names[server->tenant_count], SESSION_BUDGET,
 					 &server->tenants[server->tenant_count]),
 			0);
+		server->tenants[server->tenant_count]->host.account->max = SESSION_HOST;
 		server->tenants[server->tenant_count]->socket = "/nowhere";
 	}
 	server->state_dir = "/state";
+	assert_non_null(mkdtemp(session->dir));
+	assert_int_equal(budgets_new(server->tenants, server->tenant_count, session->dir, &server->budgets), 0);
 	assert_int_equal(server_start(server), 0);
 	assert_int_equal(loop_poller_add(server->loop, &asker, session), 0);
 	admin_init(&session->admin, server);
 	return session;
+}
+
+/* Budgets that were set are all that may be in it. */
+static void remove_dir(const struct session *session)
+{
+	char path[80];
+
+	(void)snprintf(path, sizeof(path), "%s/budgets.conf", session->dir);
+	(void)unlink(path);
+	assert_int_equal(rmdir(session->dir), 0);
 }
 
 void session_free(struct session *session)
@@ -88,14 +106,18 @@ void session_free(struct session *session)
 	assert_int_equal(server->pool->quota.account->charged, 0);
 	assert_int_equal(server->pool->quota.account->promised, 0);
 	assert_int_equal(server->pool->live, 0);
+	assert_int_equal(server->pool->host.account->charged, 0);
 	loop_poller_remove(server->loop, &asker, session);
 	server_end(server);
 	(void)executor_free(server->executor);
+	(void)host_tier_free(server->tier);
 	(void)pool_free(server->pool);
 	(void)kind_free(session->kind);
 	for (size_t i = 0; i < server->tenant_count; i++)
 		(void)tenant_free(server->tenants[i]);
 	free(server->tenants);
+	server->budgets = budgets_free(server->budgets);
+	remove_dir(session);
 	(void)loop_free(server->loop);
 	free(session);
 }

@@ -15,12 +15,14 @@
 
 #define SESSION_EXTENT  (64u << 10)
 #define SESSION_BUDGET  (4u * SESSION_EXTENT) /* of each tenant, "a" and "b" */
+#define SESSION_HOST    (1u << 20)            /* of the host tier, and of each tenant in it */
 #define SESSION_ENTRIES 16u
 
 struct session {
 	struct server server;
 	struct kind *kind;
 	struct admin admin;
+	char dir[40]; /* where budgets are kept */
 	bool (*until)(struct session *session);
 	void *user;
 };

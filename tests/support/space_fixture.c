@@ -6,6 +6,7 @@
 
 #include "daemon/metrics/audit.h"
 #include "daemon/sequence/context.h"
+#include "daemon/tier/host.h"
 
 static uint64_t either(uint64_t value, uint64_t otherwise)
 {
@@ -145,7 +146,9 @@ struct fixture *fixture_new(const struct fixture_options *options)
 	assert_int_equal(pool_new(fixture->loop, fixture->executor, fixture->kind, pool_size,
 				 (size_t)either(o->extent_size, 64 << 10), &fixture->pool),
 		0);
+	assert_int_equal(host_tier_new(fixture->pool, o->host_size, &fixture->tier), 0);
 	assert_int_equal(tenant_new(fixture->pool, "test", either(o->device_max, pool_size), &fixture->tenant), 0);
+	fixture->tenant->host.account->max = fixture->pool->host.account->max;
 	open_layout(fixture, o);
 	return fixture;
 }
@@ -189,9 +192,12 @@ static void free_shared(struct fixture *fixture)
 	assert_int_equal(account->charged, 0);
 	assert_int_equal(account->promised, 0);
 	assert_int_equal(account->unreturned, 0);
+	assert_int_equal(fixture->tenant->host.account->charged, 0);
 	assert_int_equal(fixture->pool->quota.account->charged, 0);
 	assert_int_equal(fixture->pool->quota.account->promised, 0);
 	assert_int_equal(fixture->pool->live, 0);
+	assert_int_equal(fixture->tenant->host.account->charged, 0);
+	assert_int_equal(fixture->pool->host.account->charged, 0);
 	fixture_audit(fixture);
 }
 
@@ -210,6 +216,7 @@ void fixture_free(struct fixture *fixture)
 	(void)space_free(fixture->space);
 	if (!fixture->first) {
 		(void)executor_free(fixture->executor);
+		(void)host_tier_free(fixture->tier);
 		(void)pool_free(fixture->pool);
 		(void)tenant_free(fixture->tenant);
 		(void)kind_free(fixture->own_kind);

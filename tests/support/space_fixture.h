@@ -23,6 +23,7 @@ struct fixture_options {
 	size_t extent_size;        /* [64 KiB] */
 	uint64_t pool_size;        /* [64 MiB] */
 	uint64_t device_max;       /* [pool_size] */
+	uint64_t host_size;        /* of the host tier [0] */
 	struct kind *kind;         /* [a new host kind]; borrowed */
 };
 
@@ -39,6 +40,7 @@ struct fixture {
 	struct executor *executor;
 	struct kind *kind, *own_kind;
 	struct pool *pool;
+	struct host_tier *tier;
 	struct tenant *tenant;
 	struct space *space;
 	struct kvg_layout layout;

@@ -57,6 +57,11 @@ const char *field_text(const struct field *field, size_t i)
 	return ((const char *const *)field->values)[i];
 }
 
+const ProtobufCBinaryData *field_bytes(const struct field *field, size_t i)
+{
+	return &((const ProtobufCBinaryData *)field->values)[i];
+}
+
 const ProtobufCMessage *field_message(const struct field *field, size_t i)
 {
 	return ((const ProtobufCMessage *const *)field->values)[i];

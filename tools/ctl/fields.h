@@ -27,9 +27,10 @@ int field_at(const ProtobufCMessage *message, unsigned index, struct field *ret)
 int field_named(const ProtobufCMessage *message, const char *name, struct field *ret);
 
 /* Value i (below count) as the type that field.about->type says: */
-uint64_t field_uint(const struct field *field, size_t i);                   /* UINT32, UINT64, FIXED64, BOOL */
-double field_double(const struct field *field, size_t i);                   /* DOUBLE */
-const char *field_text(const struct field *field, size_t i);                /* STRING */
-const ProtobufCMessage *field_message(const struct field *field, size_t i); /* MESSAGE */
+uint64_t field_uint(const struct field *field, size_t i);                    /* UINT32, UINT64, FIXED64, BOOL */
+double field_double(const struct field *field, size_t i);                    /* DOUBLE */
+const char *field_text(const struct field *field, size_t i);                 /* STRING */
+const ProtobufCMessage *field_message(const struct field *field, size_t i);  /* MESSAGE */
+const ProtobufCBinaryData *field_bytes(const struct field *field, size_t i); /* BYTES */
 
 #endif

@@ -29,6 +29,25 @@ static json_t *json_text(const char *text)
 	return string ? string : json_ascii(text);
 }
 
+/* Bytes as hexadecimal digits. */
+static json_t *json_hex(const ProtobufCBinaryData *bytes)
+{
+	static const char digits[] = "0123456789abcdef";
+	char *text = malloc(2 * bytes->len + 1);
+	json_t *string;
+
+	if (!text)
+		return NULL;
+	for (size_t i = 0; i < bytes->len; i++) {
+		text[2 * i] = digits[bytes->data[i] >> 4];
+		text[2 * i + 1] = digits[bytes->data[i] & 15];
+	}
+	text[2 * bytes->len] = '\0';
+	string = json_string(text);
+	free(text);
+	return string;
+}
+
 static int json_from_value(const struct field *field, size_t i, json_t **ret)
 {
 	json_t *value = NULL;
@@ -48,6 +67,9 @@ static int json_from_value(const struct field *field, size_t i, json_t **ret)
 		break;
 	case PROTOBUF_C_TYPE_STRING:
 		value = json_text(field_text(field, i));
+		break;
+	case PROTOBUF_C_TYPE_BYTES:
+		value = json_hex(field_bytes(field, i));
 		break;
 	case PROTOBUF_C_TYPE_MESSAGE:
 		return json_from_message(field_message(field, i), ret);

@@ -11,7 +11,8 @@
 #include "tools/ctl/admin.h"
 #include "tools/ctl/options.h"
 
-#define ANSWER_TIMEOUT_MS 30000 /* an audit of a full pool takes less than a second */
+#define ANSWER_TIMEOUT_MS 30000  /* an audit of a full pool takes less than a second */
+#define WORK_TIMEOUT_MS   660000 /* workers have pressure_ms to give memory back, which is at most 600000 */
 
 enum { EXIT_DONE = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
 
@@ -36,15 +37,20 @@ static void print_help(FILE *out)
 	(void)fprintf(out, "Usage: kvgatectl [--socket ADMIN_SOCKET] [--json] COMMAND\n\n"
 			   "Asks a running kvgated. Commands:\n");
 	for (size_t i = 0; i < count; i++)
-		(void)fprintf(out, "  %s %-*s %s\n", table[i].name, (int)(34 - strlen(table[i].name)),
+		(void)fprintf(out, "  %s %-*s %s\n", table[i].name, (int)(41 - strlen(table[i].name)),
 			table[i].arguments, table[i].help);
-	(void)fprintf(out, "\nOptions:\n"
-			   "  --socket ADMIN_SOCKET   default " OPTIONS_SOCKET "\n"
-			   "  --json                  one JSON object; sizes are exact bytes\n"
-			   "  --version               print the version\n"
-			   "  -h, --help              print this\n\n"
-			   "SIZE is a number of bytes, or one with K, M, G, T (powers of 1024): 512M, 1.5G.\n"
-			   "Exit status: 0 done, 1 failed (for audit also: a difference was found), 2 wrong usage.\n");
+	(void)fprintf(out,
+		"\nOptions:\n"
+		"  --socket ADMIN_SOCKET   default " OPTIONS_SOCKET "\n"
+		"  --json                  one JSON object; sizes are exact bytes\n"
+		"  --version               print the version\n"
+		"  -h, --help              print this\n\n"
+		"KEY is device.min, device.high, device.max, host.min, host.high or host.max; a high of 0 is\n"
+		"none. WORKER and SEQ (EPOCH:SLOT) are as `workers` and `sequences` show them; the sequence\n"
+		"must be one that its worker has released as idle. R is the share of pairs to keep, N the tokens\n"
+		"to keep for each head.\n"
+		"SIZE is a number of bytes, or one with K, M, G, T (powers of 1024): 512M, 1.5G.\n"
+		"Exit status: 0 done, 1 failed (for audit also: a difference was found), 2 wrong usage.\n");
 }
 
 /* Standard output may be a full disk or a closed pipe: what was not written was not done. */
@@ -68,7 +74,8 @@ static int run(const struct options *options)
 	int status;
 
 	command_request(options->command, &options->arguments, &request);
-	if (admin_call(options->socket, &request.message, ANSWER_TIMEOUT_MS, &reply, text) < 0)
+	if (admin_call(options->socket, &request.message, options->command->waits ? WORK_TIMEOUT_MS : ANSWER_TIMEOUT_MS,
+		    &reply, text) < 0)
 		return complain(EXIT_FAILED, text);
 	answer = command_answer(options->command, reply);
 	if (!answer)

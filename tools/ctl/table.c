@@ -40,6 +40,13 @@ static void format_level(uint64_t level, char text[TABLE_CELL])
 		(void)snprintf(text, TABLE_CELL, "%" PRIu64, level);
 }
 
+static void format_key(const ProtobufCBinaryData *key, char text[TABLE_CELL])
+{
+	text[0] = '\0';
+	for (size_t i = 0; i < key->len && i < 8; i++)
+		(void)snprintf(text + 2 * i, 3, "%02x", key->data[i]);
+}
+
 static bool format_fits(enum column_format format, ProtobufCType type)
 {
 	if (format == COLUMN_TEXT)
@@ -48,6 +55,8 @@ static bool format_fits(enum column_format format, ProtobufCType type)
 		return type == PROTOBUF_C_TYPE_DOUBLE;
 	if (format == COLUMN_FLAG)
 		return type == PROTOBUF_C_TYPE_BOOL;
+	if (format == COLUMN_KEY)
+		return type == PROTOBUF_C_TYPE_BYTES;
 	return type == PROTOBUF_C_TYPE_UINT32 || type == PROTOBUF_C_TYPE_UINT64;
 }
 
@@ -89,6 +98,9 @@ int table_cell(const ProtobufCMessage *message, const struct column *column, cha
 	case COLUMN_FLAG:
 		(void)snprintf(text, TABLE_CELL, "%s", field_uint(&field, 0) ? "yes" : "no");
 		break;
+	case COLUMN_KEY:
+		format_key(field_bytes(&field, 0), text);
+		break;
 	}
 	return 0;
 }
@@ -112,6 +124,19 @@ static int table_flush(struct libscols_table *table, FILE *out)
 	return ferror(out) ? -EIO : 0;
 }
 
+static bool is_unset(const ProtobufCMessage *message, const struct column *column)
+{
+	struct field field;
+
+	return field_named(message, column->field, &field) == 0 && field.about->label == PROTOBUF_C_LABEL_OPTIONAL &&
+	       field.count == 0;
+}
+
+static bool is_text(enum column_format format)
+{
+	return format == COLUMN_TEXT || format == COLUMN_LEVEL || format == COLUMN_KEY;
+}
+
 int table_print_rows(FILE *out, const ProtobufCMessage *const *rows, size_t row_count, const struct column *columns,
 	size_t column_count)
 {
@@ -121,7 +146,7 @@ int table_print_rows(FILE *out, const ProtobufCMessage *const *rows, size_t row_
 	if (!table)
 		return -ENOMEM;
 	for (size_t c = 0; c < column_count; c++) {
-		int flags = columns[c].format == COLUMN_TEXT || columns[c].format == COLUMN_LEVEL ? 0 : SCOLS_FL_RIGHT;
+		int flags = is_text(columns[c].format) ? 0 : SCOLS_FL_RIGHT;
 
 		if (!scols_table_new_column(table, columns[c].heading, 0, flags))
 			return -ENOMEM;
@@ -132,7 +157,8 @@ int table_print_rows(FILE *out, const ProtobufCMessage *const *rows, size_t row_
 		if (!line)
 			return -ENOMEM;
 		for (size_t c = 0; c < column_count; c++) {
-			int r = table_cell(rows[i], &columns[c], text);
+			int r = is_unset(rows[i], &columns[c]) ? snprintf(text, sizeof(text), "-")
+							       : table_cell(rows[i], &columns[c], text);
 
 			if (r < 0)
 				return r;
@@ -141,14 +167,6 @@ int table_print_rows(FILE *out, const ProtobufCMessage *const *rows, size_t row_
 		}
 	}
 	return table_flush(table, out);
-}
-
-static bool is_unset(const ProtobufCMessage *message, const struct column *column)
-{
-	struct field field;
-
-	return field_named(message, column->field, &field) == 0 && field.about->label == PROTOBUF_C_LABEL_OPTIONAL &&
-	       field.count == 0;
 }
 
 static int add_record_line(struct libscols_table *table, const ProtobufCMessage *message, const struct column *column)

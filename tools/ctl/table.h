@@ -20,6 +20,7 @@ enum column_format {
 	COLUMN_HANDLE,   /* sequence handle: "EPOCH:SLOT" */
 	COLUMN_LEVEL,    /* enum kvg_level by name, or the number */
 	COLUMN_FLAG,     /* bool: "yes" or "no" */
+	COLUMN_KEY,      /* bytes: the first eight, in hexadecimal */
 };
 
 struct column {
@@ -36,7 +37,8 @@ struct column {
  */
 int table_cell(const ProtobufCMessage *message, const struct column *column, char text[TABLE_CELL]);
 
-/* Prints a heading and a line for each message. 0 or a negative errno, as table_cell() or -ENOMEM, -EIO. */
+/* Prints a heading and a line for each message, "-" for what is optional and not set. 0 or a negative errno, as
+ * table_cell() or -ENOMEM, -EIO. */
 int table_print_rows(FILE *out, const ProtobufCMessage *const *rows, size_t row_count, const struct column *columns,
 	size_t column_count);
 

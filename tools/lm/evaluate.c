@@ -4,6 +4,8 @@
 #include <stdlib.h>
 
 #include "tools/lm/cleanup.h"
+#include "tools/lm/context.h"
+#include "tools/lm/hash.h"
 #include "tools/lm/prompt.h"
 
 #define QUERY_TOKENS 2u /* LM_TOKEN_QUERY and LM_TOKEN_REPLY around the name */
@@ -49,11 +51,8 @@ struct context {
 
 static int read_context(struct lm_worker *worker, const struct context *context, char *text)
 {
-	uint32_t size = context->needle->context.size;
-	struct kvg_policy policy = lm_options_policy(context->options, size, query_room(context->needle));
-	int e = lm_worker_begin(worker, &policy, text);
-
-	return e < 0 ? e : lm_worker_prefill(worker, context->prompt, size + 1, NULL, NULL, text);
+	return lm_context_begin(worker, context->options, context->prompt, context->needle->context.size + 1,
+		query_room(context->needle), text);
 }
 
 /* Leaves the sequence as it was after the context and its evictions. */
@@ -67,7 +66,8 @@ static int go_back(struct lm_worker *worker, const struct context *context, char
 	return e < 0 ? e : read_context(worker, context, text);
 }
 
-static int answer(struct lm_worker *worker, const struct lm_query *query, bool *ret_correct, char *text)
+static int answer(
+	struct lm_worker *worker, const struct lm_query *query, bool *ret_correct, uint64_t *ret_hash, char *text)
 {
 	_cleanup_free_ int32_t *prompt = lm_prompt_query(query->name.data, query->name.size);
 	int32_t tokens[LM_CODE_MAX];
@@ -81,27 +81,42 @@ static int answer(struct lm_worker *worker, const struct lm_query *query, bool *
 		e = lm_worker_feed(worker, prompt, size, text);
 	if (e == 0)
 		e = lm_worker_generate(worker, tokens, LM_CODE_MAX, &count, text);
-	if (e == 0)
-		*ret_correct = lm_prompt_matches(tokens, count, query->code.data, query->code.size);
-	return e;
+	if (e < 0)
+		return e;
+	*ret_correct = lm_prompt_matches(tokens, count, query->code.data, query->code.size);
+	*ret_hash = lm_hash_tokens(tokens, count);
+	return 0;
+}
+
+/* Makes room for that many more answers. */
+static int expect_answers(struct lm_report *report, size_t count, char *text)
+{
+	uint64_t *answers = realloc(report->answers, (report->queries + count + 1) * sizeof(*answers));
+
+	if (!answers)
+		return lm_fail(text, -ENOMEM, "no memory for %zu answers", count);
+	report->answers = answers;
+	return 0;
 }
 
 static int answer_all(struct lm_worker *worker, const struct context *context, struct lm_report *report, char *text)
 {
 	const struct lm_needle *needle = context->needle;
+	int e = expect_answers(report, needle->query_count, text);
 
-	for (size_t i = 0; i < needle->query_count; i++) {
+	for (size_t i = 0; e == 0 && i < needle->query_count; i++) {
+		uint64_t hash = 0;
 		bool correct = false;
-		int e = i ? go_back(worker, context, text) : 0;
 
+		e = i ? go_back(worker, context, text) : 0;
 		if (e == 0)
-			e = answer(worker, &needle->queries[i], &correct, text);
+			e = answer(worker, &needle->queries[i], &correct, &hash, text);
 		if (e < 0)
 			return e;
-		report->queries++;
+		report->answers[report->queries++] = hash;
 		report->correct += correct;
 	}
-	return 0;
+	return e;
 }
 
 static int run_context(struct lm_worker *worker, const struct lm_options *options, const struct lm_needle *needle,
@@ -135,10 +150,14 @@ int lm_evaluate(struct lm_worker *worker, const struct lm_options *options, cons
 	for (size_t i = 0; i < needles->count; i++) {
 		int e = run_context(worker, options, &needles->list[i], &report, text);
 
-		if (e < 0)
+		if (e < 0) {
+			lm_report_deinit(&report);
 			return e;
+		}
 	}
 	report.times = *lm_worker_times(worker);
+	report.moves = *lm_worker_moves(worker);
+	report.logits_hash = lm_worker_logits_hash(worker);
 	*ret = report;
 	return 0;
 }

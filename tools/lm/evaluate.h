@@ -18,7 +18,7 @@
 int lm_evaluate_size(const struct lm_needles *needles, const char *path, const struct lm_config *config,
 	uint32_t *ret_tokens, char *text);
 
-/* 0 or a negative errno with text. */
+/* 0, and the report is the caller's to deinit, or a negative errno with text. */
 int lm_evaluate(struct lm_worker *worker, const struct lm_options *options, const struct lm_needles *needles,
 	struct lm_report *ret, char *text);
 

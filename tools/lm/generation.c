@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "tools/lm/cleanup.h"
+#include "tools/lm/context.h"
 #include "tools/lm/prompt.h"
 
 static int copy_events(const struct lm_worker *worker, struct lm_generation *generation, char *text)
@@ -24,11 +25,8 @@ static int copy_events(const struct lm_worker *worker, struct lm_generation *gen
 static int run(struct lm_worker *worker, const struct lm_options *options, const int32_t *prompt,
 	struct lm_generation *generation, char *text)
 {
-	struct kvg_policy policy = lm_options_policy(options, generation->prompt - 1, options->generate);
-	int e = lm_worker_begin(worker, &policy, text);
+	int e = lm_context_begin(worker, options, prompt, generation->prompt, options->generate, text);
 
-	if (e == 0)
-		e = lm_worker_prefill(worker, prompt, generation->prompt, NULL, NULL, text);
 	if (e == 0)
 		e = lm_worker_reserve(worker, options->generate, text);
 	if (e == 0)
@@ -101,6 +99,8 @@ int lm_generations_run(struct lm_worker *worker, const struct lm_options *option
 		all.count += e == 0;
 	}
 	all.times = *lm_worker_times(worker);
+	all.moves = *lm_worker_moves(worker);
+	all.logits_hash = lm_worker_logits_hash(worker);
 	if (e < 0)
 		lm_generations_deinit(&all);
 	else

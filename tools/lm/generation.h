@@ -22,6 +22,8 @@ struct lm_generations {
 	struct lm_generation *list; /* owned */
 	size_t count;
 	struct lm_times times;
+	struct lm_moves moves;
+	uint64_t logits_hash;
 };
 
 /* Continues the bytes after BOS by options->generate tokens. 0 or a negative errno with text (LM_TEXT bytes). */

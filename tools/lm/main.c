@@ -93,8 +93,9 @@ static int run_queries(struct app *app, const struct lm_needles *needles)
 	if (!o->json)
 		lm_report_text(&report, o, stdout);
 	else if (lm_report_json(&report, o, stdout) < 0)
-		return lm_fail(app->text, -EIO, "standard output: the report could not be written");
-	return 0;
+		e = lm_fail(app->text, -EIO, "standard output: the report could not be written");
+	lm_report_deinit(&report);
+	return e;
 }
 
 static int run_needles(struct app *app)

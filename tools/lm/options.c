@@ -31,6 +31,10 @@ enum {
 	OPT_LIMIT,
 	OPT_GENERATE,
 	OPT_DECODE_BUDGET,
+	OPT_RECALL,
+	OPT_OFFLOAD_BETWEEN,
+	OPT_PUBLISH,
+	OPT_ATTACH,
 	OPT_THREADS,
 	OPT_JSON,
 	OPT_HELP,
@@ -69,6 +73,14 @@ static const struct {
 		"                      or more: evicts after the context and after each position that is a multiple\n"
 		"                      of 128; when that falls into a query, its context is read anew for the next",
 		OPT_DECODE_BUDGET},
+	{"recall", "R",
+		"keep in the host's memory what evictions drop, and bring it back after the context until as much is\n"
+		"                      held as at ratio R, from --ratio to 1",
+		OPT_RECALL},
+	{"offload-between", NULL, "send each context to the host's memory and back before what follows it",
+		OPT_OFFLOAD_BETWEEN},
+	{"publish", NULL, "publish each context under its key, for the tenant's other workers", OPT_PUBLISH},
+	{"attach", NULL, "begin with published contexts instead of reading them; fails when there is none", OPT_ATTACH},
 	{"threads", "N", "threads (default: number of CPUs)", OPT_THREADS},
 	{"json", NULL, "one JSON object instead of text (with --needles or --text)", OPT_JSON},
 	{"help", NULL, "print this", OPT_HELP},
@@ -122,13 +134,13 @@ static int parse_u32(const char *name, const char *value, uint32_t min, uint32_t
 	return 0;
 }
 
-static int parse_ratio(const char *value, double *ret, char *text)
+static int parse_ratio(const char *name, const char *value, double *ret, char *text)
 {
 	char *end;
 	double ratio = strtod(value, &end);
 
 	if (end == value || *end != '\0' || !(ratio > 0.0 && ratio <= 1.0))
-		return lm_fail(text, -EINVAL, "--ratio is '%.64s', not a number above 0 and at most 1", value);
+		return lm_fail(text, -EINVAL, "--%s is '%.64s', not a number above 0 and at most 1", name, value);
 	*ret = ratio;
 	return 0;
 }
@@ -178,7 +190,7 @@ static int take(struct lm_options *o, int option, const char *value, char *text)
 		o->golden = value;
 		return 0;
 	case OPT_RATIO:
-		return parse_ratio(value, &o->ratio, text);
+		return parse_ratio("ratio", value, &o->ratio, text);
 	case OPT_LEVEL:
 		return parse_level(value, &o->level, text);
 	case OPT_CHUNK:
@@ -198,6 +210,17 @@ static int take(struct lm_options *o, int option, const char *value, char *text)
 		return parse_u32("generate", value, 1, MAX_TOKENS, &o->generate, text);
 	case OPT_DECODE_BUDGET:
 		return parse_u32("decode-budget", value, LEAST_BUDGET, MAX_TOKENS, &o->decode_budget, text);
+	case OPT_RECALL:
+		return parse_ratio("recall", value, &o->recall, text);
+	case OPT_OFFLOAD_BETWEEN:
+		o->offload_between = true;
+		return 0;
+	case OPT_PUBLISH:
+		o->publish = true;
+		return 0;
+	case OPT_ATTACH:
+		o->attach = true;
+		return 0;
 	case OPT_THREADS:
 		return parse_u32("threads", value, 1, LM_POOL_MAX_THREADS, &o->threads, text);
 	case OPT_JSON:
@@ -210,6 +233,31 @@ static int take(struct lm_options *o, int option, const char *value, char *text)
 		o->version = true;
 		return 0;
 	}
+}
+
+/* What is done to contexts besides reading them. */
+static int check_moves(const struct lm_options *o, char *text)
+{
+	const char *first = o->recall > 0.0      ? "recall"
+			    : o->publish         ? "publish"
+			    : o->attach          ? "attach"
+			    : o->offload_between ? "offload-between"
+						 : NULL;
+
+	if (first && o->golden)
+		return lm_fail(text, -EINVAL, "--%s goes with --needles or --text, not with --golden", first);
+	if (o->recall > 0.0 && (o->ratio >= 1.0 || o->recall < o->ratio))
+		return lm_fail(
+			text, -EINVAL, "--recall is %g: ratio %g leaves nothing to bring back", o->recall, o->ratio);
+	if (o->publish && o->attach)
+		return lm_fail(text, -EINVAL, "--publish and --attach: a context is published once, or found");
+	if (o->recall > 0.0 && (o->publish || o->attach))
+		return lm_fail(text, -EINVAL, "--recall goes not with --%s: a context's key names what --ratio keeps",
+			o->publish ? "publish" : "attach");
+	if (o->decode_budget && (o->recall > 0.0 || o->publish || o->attach))
+		return lm_fail(
+			text, -EINVAL, "--%s goes not with --decode-budget, which evicts after the context", first);
+	return 0;
 }
 
 static int check(const struct lm_options *o, char *text)
@@ -232,7 +280,7 @@ static int check(const struct lm_options *o, char *text)
 	if (!o->gate && o->decode_budget)
 		return lm_fail(
 			text, -EINVAL, "--gate is missing: decode budget %u evicts by its scores", o->decode_budget);
-	return 0;
+	return check_moves(o, text);
 }
 
 static unsigned cpu_count(void)
@@ -293,7 +341,8 @@ struct kvg_policy lm_options_policy(const struct lm_options *options, uint32_t c
 		.ratio = options->ratio,
 		.mode = options->ratio < 1.0 ? KVG_MODE_CHUNKED : KVG_MODE_OFF,
 		.level = options->level,
-		.flags = options->window_absolute ? KVG_POLICY_WINDOW_ABSOLUTE : 0,
+		.flags = (uint16_t)((options->window_absolute ? KVG_POLICY_WINDOW_ABSOLUTE : 0) |
+				    (options->recall > 0.0 ? KVG_POLICY_RETAIN_HOST : 0)),
 		.prefix_tokens = 1,
 		.context_tokens = context,
 		.chunk_tokens = options->chunk,

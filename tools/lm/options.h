@@ -22,6 +22,9 @@ struct lm_options {
 	uint32_t generate;      /* tokens of a continuation */
 	bool generate_given;    /* --generate was: with needles, contexts are continued and no query is answered */
 	uint32_t decode_budget; /* tokens of a head on average; 0: none */
+	double recall;          /* ratio up to which dropped pairs come back; 0: none do */
+	bool offload_between;   /* to the host and back between prefill and what follows it */
+	bool publish, attach;   /* contexts by their keys */
 	unsigned threads;
 	bool json, help, version;
 };

@@ -2,9 +2,9 @@
 
 #include <errno.h>
 #include <jansson.h>
+#include <stdlib.h>
 
-#define FNV_BASIS 0xcbf29ce484222325u
-#define FNV_PRIME 0x100000001b3u
+#include "tools/lm/hash.h"
 
 static double ratio_of(uint64_t part, uint64_t whole)
 {
@@ -38,19 +38,102 @@ static int write_object(json_t *object, FILE *out)
 	return e < 0 || fputc('\n', out) == EOF ? -EIO : 0;
 }
 
+static double ms(uint64_t ns)
+{
+	return (double)ns / 1e6;
+}
+
+static json_t *hash_json(uint64_t hash)
+{
+	char text[17];
+
+	(void)snprintf(text, sizeof(text), "%016llx", (unsigned long long)hash);
+	return json_string(text);
+}
+
+/* Adds what was done to contexts, a member for each kind of it that was. Takes the object, which may be NULL. */
+static json_t *add_moves(json_t *object, const struct lm_moves *m, const struct lm_options *options)
+{
+	int e = object ? 0 : -1;
+
+	if (e == 0 && m->recalls)
+		e = json_object_set_new(object, "recall",
+			json_pack("{s:f, s:I, s:f}", "ratio", options->recall, "device_bytes",
+				(json_int_t)mean(m->recalled_bytes, m->recalls), "ms_total", ms(m->recall_ns)));
+	if (e == 0 && m->offloads)
+		e = json_object_set_new(object, "offload",
+			json_pack("{s:I, s:I, s:f, s:f}", "host_bytes", (json_int_t)mean(m->host_bytes, m->offloads),
+				"device_bytes", (json_int_t)mean(m->device_bytes, m->offloads), "offload_ms_total",
+				ms(m->offload_ns), "restore_ms_total", ms(m->restore_ns)));
+	if (e == 0 && m->publishes)
+		e = json_object_set_new(object, "publish",
+			json_pack("{s:I, s:I, s:f}", "contexts", (json_int_t)m->publishes, "device_bytes",
+				(json_int_t)mean(m->context_bytes, m->publishes), "ms_total", ms(m->publish_ns)));
+	if (e == 0 && m->attaches)
+		e = json_object_set_new(object, "attach",
+			json_pack("{s:I, s:I, s:f}", "contexts", (json_int_t)m->attaches, "device_bytes",
+				(json_int_t)mean(m->context_bytes, m->attaches), "ms_total", ms(m->attach_ns)));
+	if (e == 0)
+		return object;
+	json_decref(object);
+	return NULL;
+}
+
+void lm_report_deinit(struct lm_report *report)
+{
+	free(report->answers);
+	*report = (struct lm_report){0};
+}
+
+static json_t *answers_json(const struct lm_report *r)
+{
+	json_t *list = json_array();
+
+	for (uint64_t i = 0; list && r->answers && i < r->queries; i++)
+		if (json_array_append_new(list, hash_json(r->answers[i])) < 0) {
+			json_decref(list);
+			list = NULL;
+		}
+	return list;
+}
+
 int lm_report_json(const struct lm_report *r, const struct lm_options *options, FILE *out)
 {
-	json_t *object = json_pack("{s:I, s:I, s:f, s:f, s:s, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "queries",
-		(json_int_t)r->queries, "correct", (json_int_t)r->correct, "accuracy", ratio_of(r->correct, r->queries),
-		"ratio", options->ratio, "level", lm_level_name(options->level), "decode_budget",
-		(json_int_t)options->decode_budget, "kv_bytes_full", (json_int_t)mean(r->usage.bytes_full, r->contexts),
-		"kv_bytes_held", (json_int_t)mean(r->usage.bytes_held, r->contexts), "physical_bytes",
-		(json_int_t)mean(r->usage.bytes_physical, r->contexts), "prefill_tokens_per_s",
-		per_second(r->times.prefill_tokens, r->times.prefill_ns), "decode_tokens_per_s",
+	json_t *object = json_pack("{s:I, s:I, s:f, s:f, s:s, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:o, s:o}",
+		"queries", (json_int_t)r->queries, "correct", (json_int_t)r->correct, "accuracy",
+		ratio_of(r->correct, r->queries), "ratio", options->ratio, "level", lm_level_name(options->level),
+		"decode_budget", (json_int_t)options->decode_budget, "kv_bytes_full",
+		(json_int_t)mean(r->usage.bytes_full, r->contexts), "kv_bytes_held",
+		(json_int_t)mean(r->usage.bytes_held, r->contexts), "physical_bytes",
+		(json_int_t)mean(r->usage.bytes_physical, r->contexts), "prefill_ms_total", ms(r->times.prefill_ns),
+		"prefill_tokens_per_s", per_second(r->times.prefill_tokens, r->times.prefill_ns), "decode_tokens_per_s",
 		per_second(r->times.decode_tokens, r->times.decode_ns), "evict_ms_total",
-		(double)(evict_ns(&r->times) + r->times.decode_evict_ns) / 1e6);
+		ms(evict_ns(&r->times) + r->times.decode_evict_ns), "logits_hash", hash_json(r->logits_hash), "answers",
+		answers_json(r));
 
-	return write_object(object, out);
+	return write_object(add_moves(object, &r->moves, options), out);
+}
+
+static void print_moves(const struct lm_moves *m, const struct lm_options *options, FILE *out)
+{
+	if (m->recalls)
+		(void)fprintf(out,
+			"recall to ratio %g: %llu bytes of pairs came back, mean of contexts; %.1f ms in all\n",
+			options->recall, (unsigned long long)mean(m->recalled_bytes, m->recalls), ms(m->recall_ns));
+	if (m->offloads)
+		(void)fprintf(out,
+			"offload, mean of contexts: %llu bytes on the host, %llu of the device given back; out %.1f "
+			"ms, back %.1f ms in all\n",
+			(unsigned long long)mean(m->host_bytes, m->offloads),
+			(unsigned long long)mean(m->device_bytes, m->offloads), ms(m->offload_ns), ms(m->restore_ns));
+	if (m->publishes)
+		(void)fprintf(out, "published %llu contexts of %llu bytes, mean; %.1f ms in all\n",
+			(unsigned long long)m->publishes, (unsigned long long)mean(m->context_bytes, m->publishes),
+			ms(m->publish_ns));
+	if (m->attaches)
+		(void)fprintf(out, "attached to %llu contexts of %llu bytes, mean; %.1f ms in all\n",
+			(unsigned long long)m->attaches, (unsigned long long)mean(m->context_bytes, m->attaches),
+			ms(m->attach_ns));
 }
 
 static void print_prefill(const struct lm_times *t, FILE *out)
@@ -95,22 +178,12 @@ void lm_report_text(const struct lm_report *r, const struct lm_options *options,
 	(void)fprintf(out, "KV, mean of contexts: %llu bytes full, %llu held (%.1f%%), %llu physical (%.1f%%)\n",
 		(unsigned long long)full, (unsigned long long)held, 100.0 * ratio_of(held, full),
 		(unsigned long long)physical, 100.0 * ratio_of(physical, full));
+	print_moves(&r->moves, options, out);
 	print_prefill(&r->times, out);
 	print_decode(&r->times, options, out);
 }
 
 /* ---- continuations ---- */
-
-/* FNV-1a over the tokens as 32-bit little-endian numbers. */
-static uint64_t hash_of(const struct lm_generation *g)
-{
-	uint64_t hash = FNV_BASIS;
-
-	for (uint32_t i = 0; i < g->count; i++)
-		for (uint32_t byte = 0; byte < 4; byte++)
-			hash = (hash ^ ((uint32_t)g->tokens[i] >> 8 * byte & 0xff)) * FNV_PRIME;
-	return hash;
-}
 
 static json_t *tokens_json(const struct lm_generation *g)
 {
@@ -145,14 +218,12 @@ static json_t *events_json(const struct lm_generation *g)
 static json_t *generation_json(const struct lm_generation *g)
 {
 	const struct lm_usage *u = &g->usage;
-	char hash[17];
 
-	(void)snprintf(hash, sizeof(hash), "%016llx", (unsigned long long)hash_of(g));
-	return json_pack("{s:I, s:s, s:I, s:I, s:I, s:I, s:I, s:o, s:o}", "prompt_tokens", (json_int_t)g->prompt,
-		"hash", hash, "kv_bytes_full", (json_int_t)u->bytes_full, "kv_bytes_held", (json_int_t)u->bytes_held,
-		"physical_bytes", (json_int_t)u->bytes_physical, "physical_bytes_prompt_max",
-		(json_int_t)u->bytes_prompt_max, "physical_bytes_decode_max", (json_int_t)u->bytes_decode_max, "events",
-		events_json(g), "tokens", tokens_json(g));
+	return json_pack("{s:I, s:o, s:I, s:I, s:I, s:I, s:I, s:o, s:o}", "prompt_tokens", (json_int_t)g->prompt,
+		"hash", hash_json(lm_hash_tokens(g->tokens, g->count)), "kv_bytes_full", (json_int_t)u->bytes_full,
+		"kv_bytes_held", (json_int_t)u->bytes_held, "physical_bytes", (json_int_t)u->bytes_physical,
+		"physical_bytes_prompt_max", (json_int_t)u->bytes_prompt_max, "physical_bytes_decode_max",
+		(json_int_t)u->bytes_decode_max, "events", events_json(g), "tokens", tokens_json(g));
 }
 
 static json_t *generations_json(const struct lm_generations *all)
@@ -171,14 +242,16 @@ int lm_report_generations_json(const struct lm_generations *all, const struct lm
 {
 	const struct lm_times *t = &all->times;
 
-	return write_object(
-		json_pack("{s:I, s:f, s:s, s:I, s:I, s:f, s:f, s:f, s:o}", "contexts", (json_int_t)all->count, "ratio",
-			options->ratio, "level", lm_level_name(options->level), "decode_budget",
-			(json_int_t)options->decode_budget, "decode_tokens", (json_int_t)t->decode_tokens,
-			"prefill_tokens_per_s", per_second(t->prefill_tokens, t->prefill_ns), "decode_tokens_per_s",
-			per_second(t->decode_tokens, t->decode_ns), "decode_evict_share",
-			ratio_of(t->decode_evict_ns, t->decode_ns), "generations", generations_json(all)),
-		out);
+	json_t *object = json_pack("{s:I, s:f, s:s, s:I, s:I, s:f, s:f, s:f, s:f, s:o, s:o}", "contexts",
+		(json_int_t)all->count, "ratio", options->ratio, "level", lm_level_name(options->level),
+		"decode_budget", (json_int_t)options->decode_budget, "decode_tokens", (json_int_t)t->decode_tokens,
+		"prefill_ms_total", ms(t->prefill_ns), "prefill_tokens_per_s",
+		per_second(t->prefill_tokens, t->prefill_ns), "decode_tokens_per_s",
+		per_second(t->decode_tokens, t->decode_ns), "decode_evict_share",
+		ratio_of(t->decode_evict_ns, t->decode_ns), "logits_hash", hash_json(all->logits_hash), "generations",
+		generations_json(all));
+
+	return write_object(add_moves(object, &all->moves, options), out);
 }
 
 static void print_generation(const struct lm_generation *g, size_t number, FILE *out)
@@ -186,7 +259,7 @@ static void print_generation(const struct lm_generation *g, size_t number, FILE 
 	const struct lm_usage *u = &g->usage;
 
 	(void)fprintf(out, "context %zu: %u tokens, %u generated, hash %016llx\n", number, g->prompt, g->count,
-		(unsigned long long)hash_of(g));
+		(unsigned long long)lm_hash_tokens(g->tokens, g->count));
 	(void)fprintf(out,
 		"  KV at the end: %llu bytes full, %llu held; physical %llu, at most %llu with the prompt and %llu "
 		"after it\n",
@@ -205,6 +278,7 @@ void lm_report_generations_text(const struct lm_generations *all, const struct l
 	(void)fprintf(out, ": continuations of %zu contexts\n", all->count);
 	for (size_t i = 0; i < all->count; i++)
 		print_generation(&all->list[i], i + 1, out);
+	print_moves(&all->moves, options, out);
 	print_prefill(&all->times, out);
 	print_decode(&all->times, options, out);
 }

@@ -10,7 +10,12 @@ struct lm_report {
 	uint64_t contexts, queries, correct;
 	struct lm_usage usage; /* sums over contexts, taken right after prefill and its evictions */
 	struct lm_times times;
+	struct lm_moves moves;
+	uint64_t *answers;    /* [queries], owned: the hash of each answer's tokens */
+	uint64_t logits_hash; /* of the logits that they were chosen by */
 };
+
+void lm_report_deinit(struct lm_report *report);
 
 /* One JSON object, one line. 0 or -ENOMEM, -EIO. */
 int lm_report_json(const struct lm_report *report, const struct lm_options *options, FILE *out);

@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "kernels/host/dtype.h"
+#include "tools/lm/hash.h"
 #include "tools/lm/numerics.h"
 
 #define STAGING_MAX (64u << 20)
@@ -15,6 +16,8 @@ struct lm_worker {
 	struct lm_model *model;
 	uint64_t pair_bytes; /* K and V of one pair */
 	struct lm_times times;
+	struct lm_moves moves;
+	uint64_t logits_hash;
 	/* of the sequence */
 	uint64_t seq;
 	bool begun, evicts;
@@ -170,6 +173,7 @@ int lm_worker_open(const struct lm_worker_setup *setup, struct lm_worker **ret, 
 	if (!w)
 		return lm_fail(text, -ENOMEM, "out of memory");
 	w->model = setup->model;
+	w->logits_hash = LM_HASH_BASIS;
 	w->pair_bytes = 2 * (uint64_t)lm_model_config(setup->model)->head_dim * kvg_dtype_size(setup->kv_dtype);
 	e = kvg_connect(setup->socket, "kvgate-lm", &w->client, text, LM_TEXT);
 	if (e == 0)
@@ -206,6 +210,20 @@ static int prepare_budget(struct lm_worker *w, char *text)
 			   : lm_fail(text, -ENOMEM, "no memory for the hidden states of %u tokens", LM_EVENT_TOKENS);
 }
 
+/* The sequence is there, with that many tokens of a prompt. */
+static void begun(struct lm_worker *w, const struct kvg_policy *policy, uint32_t tokens)
+{
+	w->begun = true;
+	w->evicts = policy->mode != KVG_MODE_OFF;
+	w->budget = policy->budget != 0;
+	w->chunk = policy->chunk_tokens;
+	w->pos = w->committed = w->prompt = w->staged = tokens;
+	w->wanted = w->evicted = 0;
+	w->prompt_max = w->decode_max = 0;
+	w->event_count = 0;
+	w->stage_failed = false;
+}
+
 int lm_worker_begin(struct lm_worker *w, const struct kvg_policy *policy, char *text)
 {
 	int e = policy->budget ? prepare_budget(w, text) : 0;
@@ -215,14 +233,7 @@ int lm_worker_begin(struct lm_worker *w, const struct kvg_policy *policy, char *
 	e = kvg_create(w->client, policy, &w->seq);
 	if (e < 0)
 		return client_error(w, e, text);
-	w->begun = true;
-	w->evicts = policy->mode != KVG_MODE_OFF;
-	w->budget = policy->budget != 0;
-	w->chunk = policy->chunk_tokens;
-	w->pos = w->committed = w->prompt = w->wanted = w->staged = w->evicted = 0;
-	w->prompt_max = w->decode_max = 0;
-	w->event_count = 0;
-	w->stage_failed = false;
+	begun(w, policy, 0);
 	return 0;
 }
 
@@ -357,6 +368,106 @@ int lm_worker_prefill(
 	return e;
 }
 
+/* ---- the context's moves ---- */
+
+int lm_worker_recall(struct lm_worker *w, double ratio, char *text)
+{
+	uint64_t begin = now_ns();
+	struct kvg_recall_result result;
+	int e = kvg_recall(w->client, w->seq, ratio, &result);
+
+	if (e < 0)
+		return client_error(w, e, text);
+	w->moves.recalls++;
+	w->moves.recall_ns += now_ns() - begin;
+	w->moves.recalled_bytes += result.pairs_recalled * w->pair_bytes;
+	note_physical(w, &w->decode_max);
+	return 0;
+}
+
+int lm_worker_offload(struct lm_worker *w, char *text)
+{
+	uint64_t before = kvg_mapped_bytes(w->client), begin = now_ns(), offloaded, bytes = 0;
+	int e = kvg_offload(w->client, w->seq, &bytes);
+
+	if (e < 0)
+		return client_error(w, e, text);
+	offloaded = now_ns();
+	w->moves.offloads++;
+	w->moves.offload_ns += offloaded - begin;
+	w->moves.host_bytes += bytes;
+	w->moves.device_bytes += before - kvg_mapped_bytes(w->client);
+	e = kvg_restore(w->client, w->seq);
+	w->moves.restore_ns += now_ns() - offloaded;
+	return e < 0 ? client_error(w, e, text) : 0;
+}
+
+/* The last key of a prompt: that of all its tokens. */
+static int find_key(const struct lm_worker *w, const struct kvg_policy *policy, const int32_t *tokens, uint32_t count,
+	uint8_t key[KVG_KEY_SIZE], char *text)
+{
+	uint32_t keys = policy->chunk_tokens ? (count - 1) / policy->chunk_tokens + 1 : 1;
+	uint8_t *all = calloc(keys, KVG_KEY_SIZE);
+	int e;
+
+	if (!all)
+		return lm_fail(text, -ENOMEM, "no memory for %u keys", keys);
+	e = kvg_context_keys(w->client, policy, (const uint32_t *)tokens, count, policy->chunk_tokens, all);
+	if (e == 0)
+		memcpy(key, all + (size_t)(keys - 1) * KVG_KEY_SIZE, KVG_KEY_SIZE);
+	free(all);
+	return e < 0 ? client_error(w, e, text) : 0;
+}
+
+int lm_worker_publish(
+	struct lm_worker *w, const struct kvg_policy *policy, const int32_t *tokens, uint32_t count, char *text)
+{
+	uint64_t begin = now_ns();
+	uint8_t key[KVG_KEY_SIZE];
+	struct kvg_context_info info;
+	int e = find_key(w, policy, tokens, count, key, text);
+
+	if (e < 0)
+		return e;
+	e = kvg_publish(w->client, w->seq, key, &info);
+	if (e < 0)
+		return client_error(w, e, text);
+	w->moves.publishes++;
+	w->moves.publish_ns += now_ns() - begin;
+	w->moves.context_bytes += info.bytes;
+	note_physical(w, &w->decode_max);
+	return 0;
+}
+
+int lm_worker_attach(
+	struct lm_worker *w, const struct kvg_policy *policy, const int32_t *tokens, uint32_t count, char *text)
+{
+	struct kvg_policy own = *policy;
+	uint64_t begin = now_ns();
+	uint8_t key[KVG_KEY_SIZE];
+	struct kvg_context_info info;
+	int e = find_key(w, policy, tokens, count, key, text);
+
+	if (e < 0)
+		return e;
+	/* What comes after the context is not evicted. */
+	own.mode = KVG_MODE_OFF;
+	own.prefix_tokens = own.context_tokens = 0;
+	e = kvg_attach(w->client, key, &own, &w->seq, &info);
+	if (e < 0)
+		return client_error(w, e, text);
+	begun(w, &own, count);
+	if (info.tokens != count)
+		return lm_fail(text, -EPROTO, "context %llu has %u tokens, the prompt %u", (unsigned long long)info.id,
+			info.tokens, count);
+	w->moves.attaches++;
+	w->moves.attach_ns += now_ns() - begin;
+	w->moves.context_bytes += info.bytes;
+	note_physical(w, &w->prompt_max);
+	note_physical(w, &w->decode_max);
+	return 0;
+}
+
 /* ---- decoding ---- */
 
 /* Hands over what was gathered since the last event, which is committed. */
@@ -420,10 +531,12 @@ int lm_worker_generate(struct lm_worker *w, int32_t *tokens, uint32_t limit, uin
 	uint32_t count = 0;
 
 	for (;;) {
-		int32_t token = (int32_t)lm_argmax(lm_model_logits(w->model, w->last_row), vocab);
+		const float *logits = lm_model_logits(w->model, w->last_row);
+		int32_t token = (int32_t)lm_argmax(logits, vocab);
 		uint64_t begin = now_ns();
 		int e;
 
+		w->logits_hash = lm_hash(w->logits_hash, logits, vocab * sizeof(*logits));
 		tokens[count++] = token;
 		if (token == LM_TOKEN_END || count == limit)
 			break;
@@ -481,6 +594,16 @@ int lm_worker_usage(struct lm_worker *w, struct lm_usage *ret, char *text)
 const struct lm_times *lm_worker_times(const struct lm_worker *w)
 {
 	return &w->times;
+}
+
+const struct lm_moves *lm_worker_moves(const struct lm_worker *w)
+{
+	return &w->moves;
+}
+
+uint64_t lm_worker_logits_hash(const struct lm_worker *w)
+{
+	return w->logits_hash;
 }
 
 const struct lm_event *lm_worker_events(const struct lm_worker *w, uint32_t *ret_count)

@@ -45,6 +45,17 @@ struct lm_times {
 	uint64_t prefill_tokens, decode_tokens; /* a decode token is one step of one token */
 };
 
+/* What was done to contexts besides reading them. Sums over all sequences; bytes of pairs are those of their K and V.
+ */
+struct lm_moves {
+	uint64_t recalls, recall_ns, recalled_bytes;
+	uint64_t offloads, offload_ns, restore_ns;
+	uint64_t host_bytes, device_bytes; /* what they took on the host; device memory that they gave back meanwhile */
+	uint64_t publishes, publish_ns;
+	uint64_t attaches, attach_ns; /* finding included */
+	uint64_t context_bytes;       /* of the blocks of what was published or attached */
+};
+
 /* What an event of the decode budget left. */
 struct lm_event {
 	uint32_t tokens; /* run so far */
@@ -79,6 +90,21 @@ typedef int (*lm_worker_chunk_cb)(void *user, uint32_t pos, uint32_t count);
 int lm_worker_prefill(
 	struct lm_worker *worker, const int32_t *tokens, uint32_t count, lm_worker_chunk_cb cb, void *user, char *text);
 
+/*
+ * Right after a prefill, in this order: pairs come back that its evictions have dropped, up to `ratio` (the policy has
+ * KVG_POLICY_RETAIN_HOST); it is published under the key of the prompt's tokens and the policy; it goes to the host and
+ * comes back.
+ */
+int lm_worker_recall(struct lm_worker *worker, double ratio, char *text);
+int lm_worker_publish(
+	struct lm_worker *worker, const struct kvg_policy *policy, const int32_t *tokens, uint32_t count, char *text);
+int lm_worker_offload(struct lm_worker *worker, char *text);
+
+/* Instead of begin and prefill: a sequence that begins with the context that was published under that key. -ENOENT
+ * names the key. */
+int lm_worker_attach(
+	struct lm_worker *worker, const struct kvg_policy *policy, const int32_t *tokens, uint32_t count, char *text);
+
 /* Makes room for `tokens` tokens to come; with a decode budget, for those before the next event, and there for the
  * rest. */
 int lm_worker_reserve(struct lm_worker *worker, uint32_t tokens, char *text);
@@ -98,6 +124,10 @@ int lm_worker_rewind(struct lm_worker *worker, char *text);
 
 int lm_worker_usage(struct lm_worker *worker, struct lm_usage *ret, char *text);
 const struct lm_times *lm_worker_times(const struct lm_worker *worker);
+const struct lm_moves *lm_worker_moves(const struct lm_worker *worker);
+
+/* Hash (hash.h) of all logits that lm_worker_generate() has chosen tokens by. */
+uint64_t lm_worker_logits_hash(const struct lm_worker *worker);
 
 /* Events of the sequence since its begin; valid until the next call. */
 const struct lm_event *lm_worker_events(const struct lm_worker *worker, uint32_t *ret_count);

@@ -14,22 +14,26 @@ The library is found by the environment's KVGATE_LIBRARY, by the loader, or in t
 
 from kvgate.arrays import Array
 from kvgate.client import Client
+from kvgate.context import ContextInfo
 from kvgate.errors import ConnectionLostError, KvgateError, NotRunningError, RefusedError, StaleError
 from kvgate.layout import Layout
 from kvgate.policy import Policy
-from kvgate.sequence import EvictResult, Sequence, SequenceInfo, SlotState
+from kvgate.sequence import EvictResult, RecallResult, Residency, Sequence, SequenceInfo, SlotState
 from kvgate.view import View
 
 __all__ = [
     "Array",
     "Client",
     "ConnectionLostError",
+    "ContextInfo",
     "EvictResult",
     "KvgateError",
     "Layout",
     "NotRunningError",
     "Policy",
+    "RecallResult",
     "RefusedError",
+    "Residency",
     "Sequence",
     "SequenceInfo",
     "SlotState",

@@ -31,6 +31,7 @@ SONAME = "libkvgate.so.1"
 BLOCK_TOKENS = 16
 LAYOUT_BYTES = 192 + 8 * 96
 KIND_HOST, KIND_CUDA = 1, 2
+KEY_SIZE = 32
 
 
 class GroupStruct(ctypes.Structure):
@@ -121,6 +122,31 @@ class SequenceInfoStruct(ctypes.Structure):
     ]
 
 
+class RecallResultStruct(ctypes.Structure):
+    """struct kvg_recall_result."""
+
+    _fields_ = [
+        ("pairs_held", c_uint64),
+        ("pairs_recalled", c_uint64),
+        ("bytes", c_uint64),
+        ("generation", c_uint32),
+        ("reserved", c_uint32),
+    ]
+
+
+class ContextInfoStruct(ctypes.Structure):
+    """struct kvg_context_info."""
+
+    _fields_ = [
+        ("id", c_uint64),
+        ("bytes", c_uint64),
+        ("tokens", c_uint32),
+        ("attached", c_uint32),
+        ("existed", c_uint32),
+        ("reserved", c_uint32),
+    ]
+
+
 class SlotStruct(ctypes.Structure):
     """struct kvg_slot."""
 
@@ -130,7 +156,9 @@ class SlotStruct(ctypes.Structure):
         ("fold_pos", c_uint32),
         ("committed_pos", c_uint32),
         ("reserved_pos", c_uint32),
-        ("reserved", c_uint32 * 11),
+        ("flags", c_uint32),
+        ("shared_pos", c_uint32),
+        ("reserved", c_uint32 * 9),
     ]
 
 
@@ -184,6 +212,21 @@ _CALLS: dict[str, tuple[Any, list[Any]]] = {
     "kvg_protect": (c_int, [_CLIENT, c_uint64, c_uint32, c_uint32]),
     "kvg_free": (c_int, [_CLIENT, c_uint64]),
     "kvg_query": (c_int, [_CLIENT, c_uint64, POINTER(SequenceInfoStruct)]),
+    "kvg_offload": (c_int, [_CLIENT, c_uint64, POINTER(c_uint64)]),
+    "kvg_restore": (c_int, [_CLIENT, c_uint64]),
+    "kvg_idle": (c_int, [_CLIENT, c_uint64]),
+    "kvg_recall": (c_int, [_CLIENT, c_uint64, c_double, POINTER(RecallResultStruct)]),
+    "kvg_recall_budget": (c_int, [_CLIENT, c_uint64, c_uint32, POINTER(RecallResultStruct)]),
+    "kvg_publish": (c_int, [_CLIENT, c_uint64, c_char_p, POINTER(ContextInfoStruct)]),
+    "kvg_find": (c_int, [_CLIENT, c_char_p, POINTER(ContextInfoStruct)]),
+    "kvg_find_longest": (c_int, [_CLIENT, c_char_p, c_uint32, POINTER(c_uint32), POINTER(ContextInfoStruct)]),
+    "kvg_attach": (
+        c_int,
+        [_CLIENT, c_char_p, POINTER(PolicyStruct), POINTER(c_uint64), POINTER(ContextInfoStruct)],
+    ),
+    "kvg_fork": (c_int, [_CLIENT, c_uint64, c_uint32, POINTER(c_uint64)]),
+    "kvg_context_keys": (c_int, [_CLIENT, POINTER(PolicyStruct), c_void_p, c_uint32, c_uint32, c_char_p]),
+    "kvg_pressure": (c_uint32, [_CLIENT]),
     "kvg_nop": (c_int, [_CLIENT]),
     "kvg_process": (c_int, [_CLIENT]),
     "kvg_mapped_bytes": (c_uint64, [_CLIENT]),

@@ -6,9 +6,10 @@ import os
 import weakref
 from typing import Any, Self
 
-from kvgate._library import KIND_CUDA, ViewStruct, library
+from kvgate._library import KEY_SIZE, KIND_CUDA, ContextInfoStruct, ViewStruct, library
 from kvgate._turns import Turns
 from kvgate.checks import U64_MAX, whole
+from kvgate.context import ContextInfo, checked_key, context_info, token_array
 from kvgate.errors import KvgateError, error_of, not_running
 from kvgate.layout import Layout
 from kvgate.policy import Policy
@@ -202,13 +203,66 @@ class Client:
         """Admits a sequence with its whole need. RefusedError says how many bytes are short."""
         c, handle = policy.to_c(), ctypes.c_uint64()
         self._call("kvg_create", ctypes.byref(c), ctypes.byref(handle))
-        sequence = Sequence(self, handle.value, policy)
+        return self._made(handle.value, policy)
+
+    def _made(self, handle: int, policy: Policy) -> Sequence:
+        sequence = Sequence(self, handle, policy)
         self._sequences[sequence.handle] = sequence
         return sequence
 
     def stage_wait(self) -> None:
         """Waits until everything staged is scored, and reports the first error since the last wait."""
         self._call("kvg_stage_wait")
+
+    # ---- contexts ----
+
+    def context_keys(self, policy: Policy, tokens: Any, chunk: int = 0) -> list[bytes]:
+        """Keys by which workers find each other's contexts, of 32 bytes.
+
+        Key i names the context of exactly the first (i + 1) * chunk tokens, or all, under this layout, gate and policy.
+        `tokens`: token ids, a list or a numpy array or torch tensor of one dimension. chunk 0: one key, of all.
+        """
+        c, numbers = policy.to_c(), token_array(tokens)
+        size = whole("chunk", chunk) or max(len(numbers), 1)
+        keys = ctypes.create_string_buffer(-(-len(numbers) // size) * KEY_SIZE)
+        self._call("kvg_context_keys", ctypes.byref(c), numbers, len(numbers), size, keys)
+        return [keys.raw[i : i + KEY_SIZE] for i in range(0, len(keys), KEY_SIZE)]
+
+    def find(self, key: bytes) -> ContextInfo | None:
+        """The context of that key, or None: this tenant has none, whoever else may."""
+        c = ContextInfoStruct()
+        return context_info(c) if self._found("kvg_find", checked_key(key), ctypes.byref(c)) else None
+
+    def find_longest(self, keys: list[bytes]) -> tuple[int, ContextInfo] | None:
+        """The last of `keys` (of `context_keys()`) that there is a context of: its index and what it is, or None."""
+        c, index, joined = ContextInfoStruct(), ctypes.c_uint32(), b"".join(map(checked_key, keys))
+        found = self._found("kvg_find_longest", joined, len(keys), ctypes.byref(index), ctypes.byref(c))
+        return (int(index.value), context_info(c)) if found else None
+
+    def _found(self, name: str, *arguments: Any) -> bool:
+        try:
+            self._call(name, *arguments)
+        except KvgateError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def attach(self, key: bytes, policy: Policy) -> Sequence:
+        """A sequence that begins with the context of that key: its tokens are committed (`Sequence.state()`).
+
+        `policy` is for what comes after: the context's tokens count as prefix, besides `prefix_tokens`. KvgateError
+        with ENOENT: there is no such context (any more).
+        """
+        c, handle = policy.to_c(), ctypes.c_uint64()
+        self._call("kvg_attach", checked_key(key), ctypes.byref(c), ctypes.byref(handle), None)
+        return self._made(handle.value, policy)
+
+    @property
+    def pressure(self) -> int:
+        """Not 0: the daemon is short of memory and asks for what is idle; a new number each time."""
+        with self._turns:
+            return int(self._lib.kvg_pressure(self._live()))
 
     def view(self) -> View:
         """Where the KV and its tables lie."""

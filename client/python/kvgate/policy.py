@@ -8,6 +8,7 @@ from kvgate.checks import choice, whole
 
 MODES = {"off": 0, "chunked": 1, "once": 2, "threshold": 3}
 LEVELS = {"pair": 0, "pair-head": 1, "pair-layer": 2, "adakv-layer": 3}
+RETAIN = {"none": 0, "host": 2}
 _WINDOW_ABSOLUTE = 1
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -20,7 +21,8 @@ class Policy:
     of `context_tokens`. `chunk_tokens` 0: the prompt is one chunk. `window`: newest context tokens that an eviction
     leaves alone. `floor`: least pairs that stay of a row's evicted range. `threshold`: of mode "threshold". `budget`:
     decode eviction's tokens per head on average, 0 for none; `decode_first` and `decode_window`: tokens that it never
-    drops, 0 for 4 and 128. ValueError names field, value and limit.
+    drops, 0 for 4 and 128. `retain` "host": what evictions drop is kept in host memory, as far as the tenant's host
+    budget goes, for `Sequence.recall()`. ValueError names field, value and limit.
     """
 
     ratio: float = 1.0
@@ -37,12 +39,14 @@ class Policy:
     budget: int = 0
     decode_first: int = 0
     decode_window: int = 0
+    retain: str = "none"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"ratio is {self.ratio}, outside (0, 1]")
         choice("mode", self.mode, MODES)
         choice("level", self.level, LEVELS)
+        choice("retain", self.retain, RETAIN)
         if not math.isfinite(self.threshold) or abs(self.threshold) > _FLOAT32_MAX:
             raise ValueError(f"threshold is {self.threshold}, outside -{_FLOAT32_MAX:g} to {_FLOAT32_MAX:g}")
         for name in ("prefix_tokens", "context_tokens", "chunk_tokens", "max_new_tokens", "window", "floor", "budget"):
@@ -56,7 +60,7 @@ class Policy:
             ratio=self.ratio,
             mode=MODES[self.mode],
             level=LEVELS[self.level],
-            flags=_WINDOW_ABSOLUTE if self.window_absolute else 0,
+            flags=(_WINDOW_ABSOLUTE if self.window_absolute else 0) | RETAIN[self.retain],
             prefix_tokens=self.prefix_tokens,
             context_tokens=self.context_tokens,
             chunk_tokens=self.chunk_tokens,

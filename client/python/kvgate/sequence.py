@@ -7,9 +7,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from kvgate._library import BLOCK_TOKENS, EvictResultStruct, SequenceInfoStruct, SlotStruct
+from kvgate._library import (
+    BLOCK_TOKENS,
+    ContextInfoStruct,
+    EvictResultStruct,
+    RecallResultStruct,
+    SequenceInfoStruct,
+    SlotStruct,
+)
 from kvgate.arrays import packed_rows, strided_rows
 from kvgate.checks import choice, whole
+from kvgate.context import ContextInfo, checked_key, context_info
 from kvgate.errors import KvgateError, error_of
 from kvgate.policy import Policy
 
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     Float32s = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
 
 EVICT_MODES = {"prefill": 0, "decode": 1}
+_OFFLOADED, _IDLE = 1, 2  # KVG_SLOT_*
 STAGE_KINDS = {"hidden": 1, "preact": 2, "score": 3}
 
 
@@ -31,6 +40,16 @@ class EvictResult:
 
     pairs_held: int
     pairs_dropped: int
+    bytes: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class RecallResult:
+    """What a recall left: pairs held and brought back, bytes of the sequence's blocks."""
+
+    pairs_held: int
+    pairs_recalled: int
     bytes: int
     generation: int
 
@@ -57,6 +76,15 @@ class SlotState(NamedTuple):
     reserved_pos: int
 
 
+@dataclass(frozen=True)
+class Residency:
+    """Where a sequence is. Tokens below `shared_pos` belong to a context that it is attached to."""
+
+    offloaded: bool
+    idle: bool
+    shared_pos: int
+
+
 def address_of(value: Any) -> int | None:
     """A device address: an int, None, or what has data_ptr(), as torch tensors do."""
     if value is None or isinstance(value, int):
@@ -70,7 +98,7 @@ class Sequence:
 
     It lives until `free()`, the end of a `with` block, or the Client's `close()`; dropping the object alone keeps its
     memory. Freeing it twice is harmless; any other use after that raises KvgateError. No thread may read or write its
-    KV in place, by `View` or kernels of its own, while it is evicted or freed.
+    KV in place, by `View` or kernels of its own, while it is evicted, recalled, published, forked, offloaded or freed.
     """
 
     def __init__(self, client: "Client", handle: int, policy: Policy) -> None:
@@ -208,6 +236,60 @@ class Sequence:
         self._finish("kvg_evict_finish", ctypes.byref(result))
         return _evict_result(result)
 
+    def recall(self, ratio: float | None = None, budget: int | None = None) -> RecallResult:
+        """Brings pairs back that evictions dropped and the host kept (`Policy.retain`), best first; nothing held goes.
+
+        Until the sequence holds what evictions at that `ratio`, (0, 1], would have left it, or `budget` tokens per
+        head on average. Everything committed is folded, as by an eviction.
+        """
+        result = RecallResultStruct()
+        if (ratio is None) == (budget is None):
+            raise ValueError(f"recall: one of ratio and budget is needed, not ratio={ratio} and budget={budget}")
+        if budget is not None:
+            self._call("kvg_recall_budget", whole("budget", budget), ctypes.byref(result))
+        else:
+            self._call("kvg_recall", ratio, ctypes.byref(result))
+        return RecallResult(
+            int(result.pairs_held), int(result.pairs_recalled), int(result.bytes), int(result.generation)
+        )
+
+    # ---- the host's memory ----
+
+    def offload(self) -> int:
+        """Sends the sequence's blocks to the host; bytes that they take there. Device memory is back in the pool.
+
+        `restore()` or `reserve()` brings them back, bit for bit; until then it cannot be read or written.
+        """
+        bytes_there = ctypes.c_uint64()
+        self._call("kvg_offload", ctypes.byref(bytes_there))
+        return int(bytes_there.value)
+
+    def restore(self) -> None:
+        """Brings it back, or ends its idleness. RefusedError: there is no room; it stays where it is."""
+        self._call("kvg_restore")
+
+    def idle(self) -> None:
+        """Releases it until `restore()` or `reserve()`: the daemon may send it to the host when memory is short."""
+        self._call("kvg_idle")
+
+    # ---- sharing ----
+
+    def publish(self, key: bytes) -> ContextInfo:
+        """Seals what the sequence holds as a context that others of the tenant find by `key` (32 bytes).
+
+        The sequence goes on as one that is attached to it. KvgateError with EEXIST: the key is another context's.
+        """
+        info = ContextInfoStruct()
+        self._call("kvg_publish", checked_key(key), ctypes.byref(info))
+        return context_info(info)
+
+    def fork(self, n: int = 1) -> "list[Sequence]":
+        """`n` copies, all or none, at the committed position: they share all full blocks, and evict none of them."""
+        count = whole("n", n)
+        handles = (ctypes.c_uint64 * max(count, 1))()
+        self._call("kvg_fork", count, handles)
+        return [self._client._made(handle, self.policy) for handle in handles]
+
     def _finish(self, name: str, *arguments: Any) -> None:
         if name == "kvg_evict_finish" and not arguments:
             arguments = (None,)
@@ -237,6 +319,13 @@ class Sequence:
         slots = self._client._registered_view().slots
         slot = SlotStruct.from_address(slots + self.slot * ctypes.sizeof(SlotStruct))
         return SlotState(slot.generation, slot.fold_pos, slot.committed_pos, slot.reserved_pos)
+
+    def residency(self) -> Residency:
+        """Where the sequence is and what of it is shared, from shared memory, without a call."""
+        self._check()
+        slots = self._client._registered_view().slots
+        slot = SlotStruct.from_address(slots + self.slot * ctypes.sizeof(SlotStruct))
+        return Residency(bool(slot.flags & _OFFLOADED), bool(slot.flags & _IDLE), slot.shared_pos)
 
     # ---- KV in place, on the host kind ----
 

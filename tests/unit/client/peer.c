@@ -136,6 +136,13 @@ static void send_wake(struct peer *peer)
 	peer_send(peer, &reply, NULL, 0);
 }
 
+void peer_press(struct peer *peer, uint32_t pressure)
+{
+	(void)__atomic_exchange_n(&peer->ring->pressure, pressure, __ATOMIC_SEQ_CST);
+	if (__atomic_exchange_n(&peer->ring->sleeping, 0, __ATOMIC_SEQ_CST))
+		send_wake(peer);
+}
+
 static void send_extents(struct peer *peer, bool added, uint32_t *slots, unsigned count)
 {
 	Kvg__WorkerReply reply = KVG__WORKER_REPLY__INIT;
@@ -208,7 +215,6 @@ static void stage(struct peer *peer, const struct kvg_sqe *sqe)
 	uint32_t n = peer->stage_count++;
 	const uint8_t *from = peer->staging + rows_offset(peer);
 
-	peer->staged = *sqe;
 	if (sqe->stage.buffer >= 2)
 		return;
 	if (sqe->stage.buffer == KVG_BUFFER_DEVICE)
@@ -221,7 +227,8 @@ static void stage(struct peer *peer, const struct kvg_sqe *sqe)
 		peer->stage_sum[n] = (uint8_t)(peer->stage_sum[n] + from[offset + i]);
 }
 
-static void create(struct peer *peer, struct kvg_cqe *cqe)
+/* A new sequence that is as `state` says, but for its epoch. */
+static void create(struct peer *peer, const struct kvg_slot *state, struct kvg_cqe *cqe)
 {
 	uint32_t slot = 0;
 
@@ -231,7 +238,8 @@ static void create(struct peer *peer, struct kvg_cqe *cqe)
 		cqe->status = -EUSERS;
 		return;
 	}
-	*slot_of(peer, slot) = (struct kvg_slot){.epoch = slot + 7, .generation = 1};
+	*slot_of(peer, slot) = *state;
+	slot_of(peer, slot)->epoch = slot + 7;
 	cqe->seq = (uint64_t)(slot + 7) << 32 | slot;
 	cqe->value[0] = slot;
 }
@@ -252,21 +260,117 @@ static void evict(struct peer *peer, uint32_t slot, struct kvg_cqe *cqe)
 	change_extents(peer, slot, false, false, true);
 }
 
+static void recall(struct peer *peer, uint32_t slot, struct kvg_cqe *cqe)
+{
+	struct kvg_slot *state = slot_of(peer, slot);
+
+	state->generation++;
+	state->fold_pos = state->reserved_pos = state->committed_pos;
+	cqe->value[0] = 30;
+	cqe->value[1] = 12;
+	cqe->value[2] = 4712;
+	change_extents(peer, slot, false, false, true);
+}
+
+static void publish(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
+{
+	struct kvg_slot *state = slot_of(peer, (uint32_t)sqe->seq);
+
+	cqe->value[3] = peer->context_attached != 0;
+	if (peer->context_attached && memcmp(peer->key, sqe->publish.key, KVG_KEY_SIZE) != 0) {
+		cqe->status = -EEXIST;
+		return;
+	}
+	memcpy(peer->key, sqe->publish.key, KVG_KEY_SIZE);
+	peer->context_attached++;
+	peer->context_tokens = state->shared_pos = state->committed_pos;
+	cqe->value[0] = 7;
+	cqe->value[1] = 4096;
+	cqe->value[2] = peer->context_tokens;
+	change_extents(peer, (uint32_t)sqe->seq, false, false, true);
+}
+
+static void find(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
+{
+	if (!peer->context_attached || memcmp(peer->key, sqe->find.key, KVG_KEY_SIZE) != 0)
+		return;
+	cqe->value[0] = 7;
+	cqe->value[1] = 4096;
+	cqe->value[2] = peer->context_tokens;
+	cqe->value[3] = peer->context_attached;
+}
+
+static void attach(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
+{
+	uint32_t tokens = peer->context_tokens;
+	const struct kvg_slot state = {.generation = 1,
+		.fold_pos = tokens,
+		.committed_pos = tokens,
+		.reserved_pos = tokens,
+		.shared_pos = tokens};
+
+	if (sqe->seq != 7 || !peer->context_attached) {
+		cqe->status = -ENOENT;
+		return;
+	}
+	create(peer, &state, cqe);
+	peer->context_attached += cqe->status == 0;
+	cqe->value[2] = tokens;
+	if (cqe->status == 0)
+		change_extents(peer, (uint32_t)cqe->seq, true, true, false);
+}
+
+/* The completion is the parent's. */
+static void copy(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
+{
+	struct kvg_slot *parent = slot_of(peer, (uint32_t)sqe->seq);
+	struct kvg_cqe made = {0};
+
+	create(peer, parent, &made);
+	cqe->status = made.status;
+	if (made.status < 0)
+		return;
+	parent->shared_pos = slot_of(peer, (uint32_t)made.seq)->shared_pos = parent->committed_pos / 16 * 16;
+	cqe->value[0] = (uint32_t)made.seq;
+	cqe->value[1] = made.seq;
+}
+
+/* Operations that name no sequence. Whether it was one. */
+static bool operate_alone(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
+{
+	static const struct kvg_slot fresh = {.generation = 1};
+
+	switch (sqe->op) {
+	case KVG_OP_NOP:
+		return true;
+	case KVG_OP_CREATE:
+		create(peer, &fresh, cqe);
+		return true;
+	case KVG_OP_UNMAPPED:
+		peer->acknowledged = sqe->unmapped.event;
+		return true;
+	case KVG_OP_RELIEF:
+		peer->reliefs++;
+		peer->acknowledged_at_relief = peer->acknowledged;
+		return true;
+	case KVG_OP_FIND:
+		find(peer, sqe, cqe);
+		return true;
+	case KVG_OP_ATTACH:
+		attach(peer, sqe, cqe);
+		return true;
+	default:
+		return false;
+	}
+}
+
 static void operate(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
 {
 	uint32_t slot = (uint32_t)sqe->seq;
 	struct kvg_slot *state;
 
-	if (sqe->op == KVG_OP_NOP)
+	if (operate_alone(peer, sqe, cqe))
 		return;
-	if (sqe->op == KVG_OP_CREATE) {
-		create(peer, cqe);
-		return;
-	}
-	if (sqe->op == KVG_OP_UNMAPPED) {
-		peer->acknowledged = sqe->unmapped.event;
-		return;
-	}
 	if (slot >= PEER_SEQUENCES || slot_of(peer, slot)->epoch != sqe->seq >> 32) {
 		cqe->status = -ENOENT;
 		return;
@@ -280,6 +384,7 @@ static void operate(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe
 			break;
 		}
 		state->reserved_pos = state->committed_pos + sqe->reserve.tokens;
+		state->flags = 0;
 		cqe->value[0] = state->reserved_pos;
 		if (!peer->complete_before_events)
 			change_extents(peer, slot, true, true, true);
@@ -306,6 +411,27 @@ static void operate(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe
 		*state = (struct kvg_slot){0};
 		change_extents(peer, slot, false, true, true);
 		break;
+	case KVG_OP_OFFLOAD:
+		state->flags = KVG_SLOT_OFFLOADED;
+		cqe->value[0] = 4713;
+		change_extents(peer, slot, false, true, true);
+		break;
+	case KVG_OP_RESTORE:
+		state->flags = 0;
+		change_extents(peer, slot, true, true, false);
+		break;
+	case KVG_OP_IDLE:
+		state->flags = KVG_SLOT_IDLE;
+		break;
+	case KVG_OP_RECALL:
+		recall(peer, slot, cqe);
+		break;
+	case KVG_OP_PUBLISH:
+		publish(peer, sqe, cqe);
+		break;
+	case KVG_OP_FORK:
+		copy(peer, sqe, cqe);
+		break;
 	case KVG_OP_QUERY:
 		cqe->value[0] = state->committed_pos;
 		cqe->value[1] = 3;
@@ -320,9 +446,8 @@ static void serve_entry(struct peer *peer, const struct kvg_sqe *sqe)
 {
 	struct kvg_cqe cqe = {.user_data = sqe->user_data};
 
+	peer->last[sqe->op] = *sqe;
 	operate(peer, sqe, &cqe);
-	peer->wait_value[sqe->op] = sqe->wait_value;
-	peer->signal_value[sqe->op] = sqe->signal_value;
 	if (sqe->signal_value)
 		__atomic_store_n(&peer->sync->slots[(uint32_t)sqe->seq], sqe->signal_value, __ATOMIC_RELEASE);
 	cqe.events = peer->events;

@@ -7,7 +7,8 @@
  * Layout: 2 layers, 2 heads of 8 (fp32), 4 sequences, rows of 8 blocks, so one
  * extent of 8 KiB for each row: row r (layer * 2 + head) of slot s is the extent
  * at arena slot 4 s + r. Besides them slot 16 + s is there for sequence s from
- * each reserve to the next eviction, which also folds all tokens and keeps half.
+ * each reserve to the next eviction, which also folds all tokens and keeps half. Offloading drops the extents of a
+ * sequence and restoring it brings them back. There is one context at most, of id 7: the first that was published.
  *
  * On request it answers like a daemon of the kind cuda, whose device is host memory too (test_gpu.c).
  */
@@ -66,8 +67,13 @@ struct peer {
 	uint32_t stage_count;
 	uint64_t stage_offset[64];
 	uint32_t stage_rows[64];
-	uint8_t stage_sum[64]; /* of the rows' bytes */
-	char gate[16];         /* first bytes of the gate file */
+	uint8_t stage_sum[64];   /* of the rows' bytes */
+	char gate[16];           /* first bytes of the gate file */
+	struct kvg_sqe last[32]; /* by operation: its last entry */
+	uint32_t reliefs;
+	uint32_t acknowledged_at_relief; /* `acknowledged` when the last RELIEF came */
+	uint8_t key[KVG_KEY_SIZE];       /* of the context */
+	uint32_t context_tokens, context_attached;
 
 	/* Set before connecting; each may be NULL. */
 	void (*tamper_ring)(struct peer *peer);
@@ -85,8 +91,6 @@ struct peer {
 	int device_table_fd, device_rows_fd;
 	uint8_t *device_staging;
 	struct kvg_sync *sync;
-	uint64_t wait_value[16], signal_value[16]; /* by operation: of its last entry */
-	struct kvg_sqe staged;                     /* the last STAGE */
 	uint64_t asked_staging, asked_device_staging;
 	uint64_t import_offset, import_size;
 	uint32_t imports, released;
@@ -102,6 +106,9 @@ void peer_free(struct peer *peer);
 
 /* Posts the completions held, of everything submitted before. */
 void peer_release(struct peer *peer);
+
+/* Asks for memory, with that number. */
+void peer_press(struct peer *peer, uint32_t pressure);
 
 /* Sends a message outside of the protocol's order. */
 void peer_send(struct peer *peer, const Kvg__WorkerReply *reply, const int *fds, unsigned fd_count);

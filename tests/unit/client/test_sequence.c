@@ -248,6 +248,39 @@ static void evicts_in_the_background(void **state)
 	peer_free(peer);
 }
 
+static bool hold_all(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
+{
+	(void)peer;
+	(void)cqe;
+	return sqe->op != KVG_OP_EVICT && sqe->op != KVG_OP_STAGE;
+}
+
+/* The scores' completion is seen when the tables are the eviction's already. */
+static void counts_anew_after_late_scores(void **state)
+{
+	static const float scores[40 * PEER_HEADS];
+	struct peer *peer = peer_new();
+	struct kvg_client *client;
+	struct kvg_view view;
+	uint64_t seq;
+
+	(void)state;
+	peer->tamper = hold_all;
+	client = peer_connect(peer, 50);
+	assert_int_equal(kvg_view(client, &view), 0);
+	assert_int_equal(kvg_create(client, &policy, &seq), 0);
+	assert_int_equal(kvg_reserve(client, seq, 40), 0);
+	assert_int_equal(kvg_commit(client, seq, 40), 0);
+	assert_int_equal(kvg_stage_scores(client, seq, 0, 0, 40, scores), 0);
+	assert_int_equal(kvg_evict_async(client, seq, KVG_EVICT_PREFILL), 0);
+	peer_release(peer);
+	assert_int_equal(kvg_evict_finish(client, seq, NULL), 0);
+	assert_int_equal(view.appended[0], 0);
+	(void)kvg_close(client);
+	peer_stop(peer);
+	peer_free(peer);
+}
+
 static bool hold_acknowledgements(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
 {
 	(void)peer;
@@ -311,6 +344,7 @@ int main(void)
 		cmocka_unit_test(a_created_sequence_must_be_in_the_table),
 		cmocka_unit_test(submitted_evictions_return_memory_too),
 		cmocka_unit_test(evicts_in_the_background),
+		cmocka_unit_test(counts_anew_after_late_scores),
 		cmocka_unit_test(finishes_without_the_pool),
 		cmocka_unit_test(needs_a_layout),
 	};

@@ -70,7 +70,7 @@ static void test_defaults(void **state)
 	assert_string_equal(config.tenants[0].socket, "a.sock");
 	assert_int_equal(config.tenants[0].mode, 0600);
 	assert_int_equal(config.tenants[0].uid_count, 0);
-	assert_int_equal(config.tenants[0].device_max, 64 << 20);
+	assert_int_equal(config.tenants[0].budgets[TENANT_DEVICE].max, 64 << 20);
 	assert_int_equal(config.kind, CONFIG_HOST);
 	assert_int_equal(config.device_index, 0);
 	assert_int_equal(config.isolation, CONFIG_SHARED);
@@ -108,10 +108,113 @@ static void test_everything(void **state)
 	assert_int_equal(config.tenants[0].uids[1], 1000);
 	assert_int_equal(config.tenants[0].uids[2], 2000);
 	assert_int_equal(config.tenants[0].uids[3], 3000);
-	assert_int_equal(config.tenants[0].device_max, 1 << 30);
+	assert_int_equal(config.tenants[0].budgets[TENANT_DEVICE].max, 1 << 30);
 	assert_string_equal(config.tenants[1].socket, "b.sock");
-	assert_int_equal(config.tenants[1].device_max, UINT64_C(3) << 29);
+	assert_int_equal(config.tenants[1].budgets[TENANT_DEVICE].max, UINT64_C(3) << 29);
 	config_deinit(&config);
+}
+
+static void test_budgets(void **state)
+{
+	const struct budget *budgets;
+	struct config config;
+
+	(void)state;
+	expect_config("[pool]\ndevice.size = 64M\nhost.size = 1G\n[daemon]\npressure_ms = 600000\n"
+		      "[tenant a]\ndevice.min = 8M\ndevice.high = 16M\ndevice.max = 32M\n"
+		      "host.min = 1K\nhost.high = 2K\nhost.max = 3K\n"
+		      "[tenant b]\ndevice.min = 56M\nhost.min = 1048575K\n[tenant c]\ndevice.high = 1\nhost.max = 0\n",
+		&config);
+	assert_int_equal(config.host_size, 1 << 30);
+	assert_int_equal(config.pressure_ms, 600000);
+	budgets = config.tenants[0].budgets;
+	assert_int_equal(budgets[TENANT_DEVICE].min, 8 << 20);
+	assert_int_equal(budgets[TENANT_DEVICE].high, 16 << 20);
+	assert_int_equal(budgets[TENANT_DEVICE].max, 32 << 20);
+	assert_int_equal(budgets[TENANT_HOST].min, 1 << 10);
+	assert_int_equal(budgets[TENANT_HOST].high, 2 << 10);
+	assert_int_equal(budgets[TENANT_HOST].max, 3 << 10);
+	budgets = config.tenants[1].budgets;
+	assert_int_equal(budgets[TENANT_DEVICE].high, 0);
+	assert_int_equal(budgets[TENANT_DEVICE].max, 64 << 20);
+	assert_int_equal(budgets[TENANT_HOST].max, 1 << 30);
+	assert_int_equal(config.tenants[2].budgets[TENANT_HOST].max, 0);
+	config_deinit(&config);
+	expect_config(MINIMAL, &config); /* no host tier */
+	assert_int_equal(config.host_size, 0);
+	assert_int_equal(config.pressure_ms, 10000);
+	assert_int_equal(config.tenants[0].budgets[TENANT_HOST].max, 0);
+	config_deinit(&config);
+}
+
+static void test_limits(void **state)
+{
+	const struct tenant_limits *limits;
+	struct config config;
+
+	(void)state;
+	expect_config(MINIMAL "max_connections = 1024\nmax_sequences = 1\nmax_layouts = 2\nmax_entries = 3\n"
+			      "max_staged_rows = 4294967295\n[tenant b]\n",
+		&config);
+	limits = &config.tenants[0].limits;
+	assert_int_equal(limits->connections, 1024);
+	assert_int_equal(limits->sequences, 1);
+	assert_int_equal(limits->layouts, 2);
+	assert_int_equal(limits->entries, 3);
+	assert_int_equal(limits->staged_rows, UINT32_MAX);
+	limits = &config.tenants[1].limits;
+	assert_int_equal(limits->connections, 256);
+	assert_int_equal(limits->sequences, 65536);
+	assert_int_equal(limits->layouts, 64);
+	assert_int_equal(limits->entries, 65536);
+	assert_int_equal(limits->staged_rows, 16777216);
+	config_deinit(&config);
+	expect_refusal(
+		"[tenant a]\nmax_connections = 0\n", ":2", "max_connections: '0' is not a number from 1 to 1024");
+	expect_refusal(
+		"[tenant a]\nmax_connections = 1025\n", ":2", "max_connections: '1025' is not a number from 1 to 1024");
+	expect_refusal(
+		"[tenant a]\nmax_sequences = all\n", ":2", "max_sequences: 'all' is not a number from 1 to 1000000000");
+	expect_refusal("[tenant a]\nmax_layouts = 0\n", ":2", "max_layouts: '0' is not a number from 1 to 1024");
+	expect_refusal("[tenant a]\nmax_entries = 4194305\n", ":2",
+		"max_entries: '4194305' is not a number from 1 to 4194304");
+	expect_refusal("[tenant a]\nmax_staged_rows = 4294967296\n", ":2",
+		"max_staged_rows: '4294967296' is not a number from 1 to 4294967295");
+	expect_refusal("[daemon]\npressure_ms = 0\n", ":2", "pressure_ms: '0' is not a number from 1 to 600000");
+}
+
+/* min <= high <= max <= the pool's, and all min fit in the pool: the line is that of the value that is too much. */
+static void test_budgets_that_contradict(void **state)
+{
+	(void)state;
+	expect_refusal(MINIMAL "device.max = 4M\ndevice.min = 5M\n", ":6",
+		"device.min: 5.0 MiB (5242880 bytes) of tenant 'a' is more than its device.max, 4.0 MiB (4194304 "
+		"bytes)");
+	expect_refusal(MINIMAL "device.high = 65M\n", ":5",
+		"device.high: 65.0 MiB (68157440 bytes) of tenant 'a' is more than its device.max, 64.0 MiB (67108864 "
+		"bytes)");
+	expect_refusal(MINIMAL "device.high = 1M\ndevice.min = 2M\n", ":5",
+		"device.high: 1.0 MiB (1048576 bytes) of tenant 'a' is less than its device.min, 2.0 MiB (2097152 "
+		"bytes)");
+	expect_refusal(MINIMAL "host.max = 1\n", ":5",
+		"host.max: 1 B (1 bytes) of tenant 'a' is more than host.size of [pool], 0 B (0 bytes)");
+	expect_refusal(MINIMAL "host.min = 1\n", ":5",
+		"host.min: 1 B (1 bytes) of tenant 'a' is more than its host.max, 0 B (0 bytes)");
+	expect_refusal(MINIMAL "device.min = 40M\n[tenant b]\nsocket = b\ndevice.min = 24M\n[tenant c]\ndevice.min = 1",
+		":10",
+		"device.min: with tenant 'c' the min of all tenants are 64.0 MiB (67108865 bytes), more than "
+		"device.size of "
+		"[pool], 64.0 MiB (67108864 bytes in whole extents)");
+	expect_refusal("[pool]\ndevice.size = 900K\n[tenant a]\ndevice.min = 800K\n", ":4",
+		"device.min: with tenant 'a' the min of all tenants are 800.0 KiB (819200 bytes), more than "
+		"device.size of "
+		"[pool], 768.0 KiB (786432 bytes in whole extents)");
+	expect_refusal(
+		"[pool]\ndevice.size = 1M\nhost.size = 2K\n[tenant a]\nhost.min = 1K\n[tenant b]\nhost.min = 1025\n",
+		":7",
+		"host.min: with tenant 'b' the min of all tenants are 2.0 KiB (2049 bytes), more than host.size of "
+		"[pool], "
+		"2.0 KiB (2048 bytes)");
 }
 
 static void test_cuda(void **state)
@@ -187,7 +290,7 @@ static void test_form(void **state)
 	expect_refusal(MINIMAL "[pool] x\n", ":5", "'[pool] x' is not a [section]");
 	expect_refusal(MINIMAL "nonsense\n", ":5", "'nonsense' is not 'key = value'");
 	expect_refusal(MINIMAL "nonsense ; a = b\n[bad]\n", ":5", "the line is not 'key = value'");
-	expect_refusal(MINIMAL "device.min = 1\n", ":5", "device.min: there is no such key in [tenant]");
+	expect_refusal(MINIMAL "device.mid = 1\n", ":5", "device.mid: there is no such key in [tenant]");
 	expect_refusal("[pool]\nsocket = x\n", ":2", "socket: there is no such key in [pool]");
 	expect_refusal("[pool]\ndevice.size = 1G\n[pool]\ndevice.size = 1G\n", ":4",
 		"device.size: the key stands in line 2 already");
@@ -392,6 +495,9 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_defaults),
 		cmocka_unit_test(test_everything),
+		cmocka_unit_test(test_budgets),
+		cmocka_unit_test(test_limits),
+		cmocka_unit_test(test_budgets_that_contradict),
 		cmocka_unit_test(test_cuda),
 		cmocka_unit_test(test_default_extent),
 		cmocka_unit_test(test_form),

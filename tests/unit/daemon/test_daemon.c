@@ -58,11 +58,17 @@ static int end(void **state)
 	return 0;
 }
 
+static uint64_t device_min; /* of tenant a */
+
 /* Runs a daemon in a child process; mode: of tenant a's socket. */
 static pid_t start_with(const struct place *place, mode_t mode, struct kind *kind)
 {
 	char name[] = "a", socket_name[] = "a.sock";
-	struct config_tenant tenant = {.name = name, .socket = socket_name, .mode = mode, .device_max = 16 << 20};
+	struct config_tenant tenant = {.name = name,
+		.socket = socket_name,
+		.mode = mode,
+		.budgets = {{.min = device_min, .max = 16 << 20}},
+		.limits = TENANT_LIMITS};
 	const struct config config = {.device_size = 64 << 20,
 		.extent_size = 256 << 10,
 		.spin_us = 50,
@@ -158,6 +164,83 @@ static void test_second_on_same_folder(void **state)
 	check_socket(place, "a.sock", 0600); /* the first one's, untouched */
 	assert_int_equal(kill(first, SIGTERM), 0);
 	assert_int_equal(wait_status(first), EXIT_SUCCESS);
+}
+
+/* ---- memory of min ---- */
+
+static int creations_left;
+static int gate[2]; /* a pipe that creating waits for, once */
+
+static int few_creations(struct kind *kind, size_t size)
+{
+	return creations_left-- > 0 ? test_kind_host(kind)->create(kind, size) : -ENOMEM;
+}
+
+/* The first asks for the daemon's end, and is not over before that has begun. */
+static int interrupted_creation(struct kind *kind, size_t size)
+{
+	char byte;
+
+	if (creations_left-- == 1) {
+		(void)kill(getpid(), SIGTERM);
+		(void)read(gate[0], &byte, 1);
+	}
+	return test_kind_host(kind)->create(kind, size);
+}
+
+static void test_memory_of_min_is_there_first(void **state)
+{
+	const struct place *place = *state;
+	pid_t pid;
+
+	device_min = 4 << 20;
+	pid = start(place, 0600);
+	expect_notice(place, "STATUS=Creating the memory of min\nEXTEND_TIMEOUT_USEC=");
+	expect_notice(place, "READY=1");
+	assert_int_equal(kill(pid, SIGTERM), 0);
+	assert_int_equal(wait_status(pid), EXIT_SUCCESS);
+	expect_notice(place, "STOPPING=1");
+	device_min = 0;
+}
+
+static void test_no_memory_for_min(void **state)
+{
+	const struct place *place = *state;
+	struct test_kind kind;
+	char text[16];
+
+	test_kind_init(&kind);
+	kind.ops.create = few_creations;
+	creations_left = 15; /* of 16 */
+	device_min = 4 << 20;
+	assert_int_equal(wait_status(start_with(place, 0600, &kind.kind)), EXIT_FAILURE);
+	expect_notice(place, "STATUS=Creating");
+	assert_int_equal(recv(place->notify, text, sizeof(text), MSG_DONTWAIT), -1); /* it was never ready */
+	check_no_socket(place, "a.sock");
+	device_min = 0;
+	test_kind_deinit(&kind);
+}
+
+static void test_signal_while_memory_of_min_is_created(void **state)
+{
+	const struct place *place = *state;
+	struct test_kind kind;
+	pid_t pid;
+
+	test_kind_init(&kind);
+	kind.ops.create = interrupted_creation;
+	creations_left = 1;
+	device_min = 4 << 20;
+	assert_int_equal(pipe(gate), 0);
+	pid = start_with(place, 0600, &kind.kind);
+	expect_notice(place, "STATUS=Creating");
+	expect_notice(place, "STOPPING=1");
+	assert_int_equal(write(gate[1], "", 1), 1);
+	assert_int_equal(wait_status(pid), EXIT_SUCCESS);
+	check_no_socket(place, "a.sock");
+	assert_int_equal(close(gate[0]) | close(gate[1]), 0);
+	device_min = 0;
+	test_kind_deinit(&kind);
 }
 
 /* ---- a kind with a device ---- */
@@ -331,6 +414,9 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test_setup_teardown(test_start_and_stop, begin, end),
 		cmocka_unit_test_setup_teardown(test_second_on_same_folder, begin, end),
+		cmocka_unit_test_setup_teardown(test_memory_of_min_is_there_first, begin, end),
+		cmocka_unit_test_setup_teardown(test_no_memory_for_min, begin, end),
+		cmocka_unit_test_setup_teardown(test_signal_while_memory_of_min_is_created, begin, end),
 		cmocka_unit_test_setup_teardown(test_lost_device, begin, end),
 		cmocka_unit_test_setup_teardown(test_lost_device_of_idle_workers, begin, end),
 		cmocka_unit_test(test_check_of_sizes),

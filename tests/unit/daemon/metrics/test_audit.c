@@ -157,6 +157,62 @@ static void test_accounts(void **state)
 	plant_u64(scene, &scene->fixture->tenant->host.account->min, 1, "pool: bytes of the host committed");
 }
 
+static uint64_t one_page_less(void *user, uint32_t extent)
+{
+	return fixture_physical(user, extent) - 4096;
+}
+
+static bool reserve_is_there(const struct scene *scene)
+{
+	return reserve_is_settled(&scene->fixture->tenant->reserve);
+}
+
+static void stop_loop(void *user)
+{
+	loop_stop(user);
+}
+
+static void wait_reserve(const struct scene *scene)
+{
+	struct fixture *fixture = scene->fixture;
+
+	fixture->pool->reserve_ended = stop_loop;
+	fixture->pool->reserve_user = fixture->loop;
+	while (!reserve_is_there(scene))
+		assert_int_equal(loop_run(fixture->loop), 0);
+	fixture->pool->reserve_ended = NULL;
+}
+
+/* Memory of min that nobody uses is counted, and is no more than min leaves. */
+static void test_reserve(void **state)
+{
+	struct scene *scene = *state;
+	struct tenant *tenant = scene->fixture->tenant;
+	struct quota_account *account = tenant->quota.account;
+	const uint64_t extent = scene->fixture->pool->extent_size;
+	struct budget budget = {.min = account->charged + 2 * extent, .max = account->max};
+	struct meta_extent *raw;
+	char text[QUOTA_TEXT];
+	struct audit audit;
+
+	assert_int_equal(tenant_set_budget(tenant, TENANT_DEVICE, &budget, text), 0);
+	wait_reserve(scene);
+	run_audit(scene, fixture_physical, &audit);
+	assert_int_equal(audit.difference_count, 0);
+	assert_int_equal(audit.rows[0].reserved, 2 * extent);
+	assert_int_equal(audit.rows[0].physical, account->charged + 2 * extent);
+	assert_int_equal(audit.rows[0].extent_bytes, account->charged);
+	audit_deinit(&audit);
+	raw = find_extent(scene, META_RAW)->meta;
+	plant_u64(scene, &raw->bytes, extent - 4096, "raw extent ");
+	plant_u32(scene, &raw->state, META_LIVE, "test: bytes charged");
+	plant_u64(scene, &account->min, account->min - 1, " charged, of a min of ");
+	expect_difference(scene, one_page_less, "raw extent ");
+	budget.min = 0;
+	assert_int_equal(tenant_set_budget(tenant, TENANT_DEVICE, &budget, text), 0);
+	fixture_audit(scene->fixture);
+}
+
 static void test_bitmaps(void **state)
 {
 	struct scene *scene = *state;
@@ -252,11 +308,6 @@ static void test_extents(void **state)
 	plant_u64(scene, &dropped->bytes, 0, "test: bytes charged");
 }
 
-static uint64_t one_page_less(void *user, uint32_t extent)
-{
-	return fixture_physical(user, extent) - 4096;
-}
-
 static void test_physical_memory(void **state)
 {
 	struct scene *scene = *state;
@@ -309,6 +360,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		AUDIT_TEST(test_clean),
 		AUDIT_TEST(test_accounts),
+		AUDIT_TEST(test_reserve),
 		AUDIT_TEST(test_bitmaps),
 		AUDIT_TEST(test_swapped_bits),
 		AUDIT_TEST(test_block_ids),

@@ -49,6 +49,24 @@ static void test_create_promises(void **state)
 	fixture_free(fixture);
 }
 
+/* The tenant has sequences elsewhere, too. */
+static void test_sequences_of_the_tenant(void **state)
+{
+	struct fixture *fixture = fixture_new(NULL);
+	const struct kvg_policy policy = {.context_tokens = 1};
+	uint64_t handle, none;
+
+	(void)state;
+	fixture->tenant->limits.sequences = 2;
+	fixture->tenant->sequences++;
+	assert_int_equal(fixture_create(fixture, &policy, &handle), 0);
+	assert_int_equal(fixture_create(fixture, &policy, &none), -EUSERS);
+	assert_int_equal(fixture_account(fixture)->refusals, 0);
+	fixture->tenant->sequences--;
+	assert_int_equal(fixture_create(fixture, &policy, &none), 0);
+	fixture_free(fixture);
+}
+
 static void test_all_slots(void **state)
 {
 	struct fixture *fixture = fixture_new(&(struct fixture_options){.max_sequences = 3});
@@ -69,6 +87,50 @@ static void test_all_slots(void **state)
 	assert_int_equal(fixture_query(fixture, again), 0);
 	assert_int_equal(fixture_query(fixture, (uint64_t)1 << 32 | 3), -ENOENT);
 	assert_int_equal(fixture_query(fixture, UINT64_MAX), -ENOENT);
+	fixture_free(fixture);
+}
+
+static void no_pressure(void *user, struct tenant *tenant, bool on)
+{
+	(void)user, (void)tenant, (void)on;
+}
+
+/* A refusal that was waited out leaves nothing in the answer. */
+static void test_reserve_waits_for_memory_on_its_way(void **state)
+{
+	static const struct reclaim_ops ops = {.pressure = no_pressure};
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.device_max = 4 * EXTENT});
+	struct kvg_sqe sqe = {.op = KVG_OP_RESERVE, .reserve.tokens = 1024};
+	const struct quota_account *account = fixture_account(fixture);
+	struct tenant *tenants[] = {fixture->tenant};
+	const size_t tenant_count = 1;
+	struct reclaim reclaim;
+	const struct call *call;
+	uint64_t gone = create(fixture, 1536);
+
+	(void)state;
+	assert_int_equal(
+		reclaim_init(&reclaim, fixture->loop, fixture->pool, tenants, &tenant_count, UINT32_MAX, &ops, NULL),
+		0);
+	fixture->tenant->reclaim = &reclaim;
+	assert_int_equal(fixture_reserve(fixture, gone, 1536), 0);
+	sqe.seq = create(fixture, 512);
+	assert_int_equal(fixture_reserve(fixture, sqe.seq, 512), 0);
+	fixture->hold_unmapped = true;
+	assert_int_equal(fixture_release(fixture, gone), 0);
+	assert_int_equal(account->unreturned, 3 * EXTENT);
+	call = fixture_start(fixture, &sqe);
+	fixture_turn(fixture);
+	assert_false(call->done);
+	fixture->hold_unmapped = false;
+	fixture_acknowledge(fixture);
+	fixture_wait(fixture, call);
+	assert_int_equal(call->request.cqe.status, 0);
+	assert_string_equal(call->request.text, "");
+	assert_int_equal(call->request.cqe.value[0], 1024);
+	assert_int_equal(account->unreturned, 0);
+	fixture->tenant->reclaim = NULL;
+	reclaim_deinit(&reclaim);
 	fixture_free(fixture);
 }
 
@@ -282,6 +344,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_create_promises),
 		cmocka_unit_test(test_all_slots),
+		cmocka_unit_test(test_sequences_of_the_tenant),
+		cmocka_unit_test(test_reserve_waits_for_memory_on_its_way),
 		cmocka_unit_test(test_reserve_in_stripes),
 		cmocka_unit_test(test_reserve_to_the_budget),
 		cmocka_unit_test(test_max_tokens),

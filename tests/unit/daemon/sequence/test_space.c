@@ -62,7 +62,7 @@ static void let_go(struct gate_keeper *keeper)
 
 static void test_unknown_entries(void **state)
 {
-	static const struct kvg_sqe bad[] = {{.op = KVG_OP_QUERY + 1}, {.op = 255}, {.op = KVG_OP_NOP, .flags = 1},
+	static const struct kvg_sqe bad[] = {{.op = KVG_OP_RELIEF}, {.op = 255}, {.op = KVG_OP_NOP, .flags = 1},
 		{.op = KVG_OP_NOP, .reserved0 = 1}, {.op = KVG_OP_NOP, .wait_event = 1},
 		{.op = KVG_OP_NOP, .layout = 1}};
 	struct fixture *fixture = fixture_new(NULL);

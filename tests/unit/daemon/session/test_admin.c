@@ -280,6 +280,59 @@ static void test_budget(void **state)
 	assert_int_equal(ask_budget(scene, "a", &none)->budget->device_max, 0);
 }
 
+static Kvg__AdminReply *reset_budget(struct scene *scene, const char *tenant)
+{
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__BudgetKey key = KVG__BUDGET_KEY__INIT;
+
+	key.tenant = (char *)(uintptr_t)tenant;
+	request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_RESET;
+	request.budget_reset = &key;
+	return ask(scene, &request);
+}
+
+/* What is not named stays; all go back together. */
+static void test_budget_of_several_values(void **state)
+{
+	struct scene *scene = *state;
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__BudgetSet set = KVG__BUDGET_SET__INIT;
+	const Kvg__Budget *budget = ask_budget(scene, "b", NULL)->budget;
+
+	assert_true(budget->has_live && !budget->live);
+	assert_false(budget->has_device_high || budget->has_host_high);
+	assert_true(budget->has_device_min && budget->has_host_max && budget->has_unreturned);
+	set.tenant = (char *)(uintptr_t) "b";
+	set.has_device_min = set.has_device_high = true;
+	set.device_min = SESSION_EXTENT;
+	set.device_high = 2 * SESSION_EXTENT;
+	request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_SET;
+	request.budget_set = &set;
+	budget = ask(scene, &request)->budget;
+	assert_int_equal(scene->reply->body_case, KVG__ADMIN_REPLY__BODY_BUDGET);
+	assert_int_equal(budget->device_min, SESSION_EXTENT);
+	assert_int_equal(budget->device_high, 2 * SESSION_EXTENT);
+	assert_int_equal(budget->device_max, SESSION_BUDGET);
+	assert_true(budget->live);
+	while (!ask_plain(scene, KVG__ADMIN_REQUEST__BODY_TENANTS)->tenants->tenants[1]->reserved)
+		; /* its min is being created */
+	assert_int_equal(scene->reply->tenants->tenants[1]->reserved, SESSION_EXTENT);
+	assert_int_equal(scene->reply->tenants->tenants[1]->device_min, SESSION_EXTENT);
+	assert_int_equal(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_STATUS)->status->reserved, SESSION_EXTENT);
+	assert_true(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_AUDIT)->audit->clean);
+	assert_int_equal(scene->reply->audit->rows[1]->reserved, SESSION_EXTENT);
+	assert_int_equal(scene->reply->audit->rows[1]->physical, SESSION_EXTENT);
+	set.has_device_high = false;
+	set.device_min = 3 * SESSION_EXTENT;
+	assert_int_equal(ask(scene, &request)->error->status, -EINVAL);
+	assert_string_equal(scene->reply->error->text, "tenant b: device.high 128.0 KiB is less than min, 192.0 KiB");
+	assert_int_equal(reset_budget(scene, "c")->error->status, -ENOENT);
+	budget = reset_budget(scene, "b")->budget;
+	assert_int_equal(budget->device_min, 0);
+	assert_false(budget->has_device_high || budget->live);
+	assert_int_equal(ask_plain(scene, KVG__ADMIN_REQUEST__BODY_STATUS)->status->reserved, 0);
+}
+
 /* A lowered budget refuses at once; raised again it grants. */
 static void test_budget_is_exact(void **state)
 {
@@ -341,6 +394,7 @@ int main(void)
 		ADMIN_TEST(test_large_list),
 		ADMIN_TEST(test_audit),
 		ADMIN_TEST(test_budget),
+		ADMIN_TEST(test_budget_of_several_values),
 		ADMIN_TEST(test_budget_is_exact),
 		ADMIN_TEST(test_unknown_and_malformed),
 		ADMIN_TEST(test_oversized_and_descriptors),

@@ -259,6 +259,78 @@ static void test_wake(void **state)
 	session_free(session);
 }
 
+/* Entries under way count for all workers of a tenant; what gives memory back is taken all the same. */
+static void test_entries_of_a_tenant(void **state)
+{
+	struct session *session = session_new();
+	struct session_peer *peer = ready_peer(session, 0), *other = ready_peer(session, 0),
+			    *stranger = ready_peer(session, 1);
+	struct tenant *tenant = session->server.tenants[0];
+	struct kvg_sqe reserve = {.op = KVG_OP_RESERVE, .seq = create(peer, 1024), .reserve.tokens = 128};
+	struct kvg_sqe end = {.op = KVG_OP_FREE, .seq = reserve.seq};
+
+	(void)state;
+	tenant->limits.entries = 2;
+	for (unsigned i = 0; i < 3; i++)
+		session_submit(peer, &reserve);
+	session_submit(peer, &end);
+	assert_int_equal(session_reap(peer).status, 0); /* in order, the refused one, too */
+	assert_int_equal(session_reap(peer).status, 0);
+	assert_int_equal(session_reap(peer).status, -EAGAIN);
+	assert_string_equal(session_text(peer), "tenant a: 2 entries under way, at most 2 (max_entries)");
+	assert_int_equal(session_reap(peer).status, 0);
+	assert_int_equal(tenant->entries, 0);
+
+	tenant->limits.entries = 1;
+	reserve.seq = create(peer, 1024);
+	session_submit(peer, &reserve);
+	session_submit(other, &(struct kvg_sqe){.op = KVG_OP_CREATE, .create.context_tokens = 1});
+	session_submit(stranger, &(struct kvg_sqe){.op = KVG_OP_CREATE, .create.context_tokens = 1});
+	assert_int_equal(session_reap(other).status, -EAGAIN);
+	assert_int_equal(session_reap(stranger).status, 0);
+	assert_int_equal(session_reap(peer).status, 0);
+	session_submit(peer, &reserve);
+	session_peer_free(peer); /* what was under way goes with it */
+	session_peer_free(other);
+	session_peer_free(stranger);
+	session_wait_empty(session);
+	assert_int_equal(tenant->entries, 0);
+	session_free(session);
+}
+
+static void test_staged_rows_of_a_tenant(void **state)
+{
+	struct session *session = session_new();
+	struct session_peer *peer = ready_peer(session, 0);
+	struct tenant *tenant = session->server.tenants[0];
+	struct kvg_sqe stage = {.op = KVG_OP_STAGE,
+		.seq = create(peer, 1024),
+		.stage = {.kind = KVG_STAGE_SCORE, .layer_count = 2, .rows = 64}};
+
+	(void)state;
+	assert_int_equal(
+		call(peer, (struct kvg_sqe){.op = KVG_OP_RESERVE, .seq = stage.seq, .reserve.tokens = 128}).status, 0);
+	tenant->limits.staged_rows = 256; /* two layers of 64 rows, twice */
+	for (unsigned i = 0; i < 2; i++)
+		session_submit(peer, &stage);
+	stage.stage.layer_count = stage.stage.rows = 1;
+	session_submit(peer, &stage);
+	assert_int_equal(session_reap(peer).status, 0);
+	assert_int_equal(session_reap(peer).status, 0);
+	assert_int_equal(session_reap(peer).status, -EAGAIN);
+	assert_string_equal(session_text(peer),
+		"tenant a: stage: 1 rows of all layers, 256 under way, at most 256 (max_staged_rows)");
+	assert_int_equal(tenant->staged_rows, 0);
+	assert_int_equal(call(peer, stage).status, 0);
+	stage.stage.rows = stage.stage.layer_count = UINT32_MAX;
+	assert_int_equal(call(peer, stage).status, -EAGAIN);
+	session_submit(peer, &stage);
+	session_peer_free(peer);
+	session_wait_empty(session);
+	assert_int_equal(tenant->staged_rows, 0);
+	session_free(session);
+}
+
 static void test_overhead(void **state)
 {
 	struct session *session = session_new();
@@ -288,6 +360,8 @@ int main(void)
 		cmocka_unit_test(test_process_dies),
 		cmocka_unit_test(test_does_not_read),
 		cmocka_unit_test(test_wake),
+		cmocka_unit_test(test_entries_of_a_tenant),
+		cmocka_unit_test(test_staged_rows_of_a_tenant),
 		cmocka_unit_test(test_overhead),
 	};
 

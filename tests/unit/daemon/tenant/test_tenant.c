@@ -158,6 +158,58 @@ static void test_claims(void **state)
 	assert_null(tenant_free(tenant));
 }
 
+static void test_budgets(void **state)
+{
+	struct fixture *f = *state;
+	struct budget budget = {.min = 128 << 10, .high = 192 << 10, .max = 256 << 10};
+	struct tenant *tenant;
+	char text[QUOTA_TEXT];
+
+	assert_int_equal(tenant_new(f->pool, "chat", 1 << 20, &tenant), 0);
+	assert_int_equal(tenant_set_budget(tenant, TENANT_HOST, &budget, text), -EINVAL);
+	assert_string_equal(text, "tenant chat: host.max 256.0 KiB is more than the pool's 0 B");
+	assert_int_equal(tenant_set_budget(tenant, TENANT_DEVICE, &budget, text), 0);
+	budget = tenant_budget(tenant, TENANT_DEVICE);
+	assert_int_equal(budget.min, 128 << 10);
+	assert_int_equal(budget.high, 192 << 10);
+	assert_int_equal(budget.max, 256 << 10);
+	assert_int_equal(tenant_budget(tenant, TENANT_HOST).max, 0);
+	assert_true(tenant->reserve.busy); /* its min is being created */
+	assert_int_equal(f->pool->quota.account->committed, 128 << 10);
+	assert_int_equal(f->pool->host.account->committed, 0);
+	reserve_stop_all(f->pool);
+	f->executor = executor_free(f->executor);
+	(void)tenant_free(tenant);
+}
+
+static void test_limits(void **state)
+{
+	struct fixture *f = *state;
+	struct kvg_layout one = layout_of("m", 8), other = layout_of("n", 8);
+	struct tenant *tenant;
+	struct arena *arena;
+	char text[256];
+
+	assert_int_equal(tenant_new(f->pool, "t", 1 << 20, &tenant), 0);
+	assert_int_equal(tenant->limits.connections, 256);
+	tenant->limits.layouts = 1;
+	assert_int_equal(tenant_check_layout(tenant, &one, text, sizeof(text)), 0);
+	assert_int_equal(tenant_arena(tenant, &one, &arena), 0);
+	assert_int_equal(tenant_check_layout(tenant, &one, text, sizeof(text)), 0);
+	assert_int_equal(tenant_check_layout(tenant, &other, text, sizeof(text)), -EUSERS);
+	assert_string_equal(text, "tenant t: layout n: 1 layouts are in use, at most 1 (max_layouts)");
+	(void)arena_unref(arena);
+	assert_int_equal(tenant_check_layout(tenant, &other, text, sizeof(text)), 0);
+	tenant->limits.sequences = 3;
+	tenant->sequences = 2;
+	assert_int_equal(tenant_check_sequences(tenant, 1, text, sizeof(text)), 0);
+	assert_int_equal(tenant_check_sequences(tenant, 2, text, sizeof(text)), -EUSERS);
+	assert_string_equal(text, "tenant t: 2 sequences, 2 more asked for, at most 3 (max_sequences)");
+	assert_int_equal(tenant_check_sequences(tenant, UINT32_MAX, text, sizeof(text)), -EUSERS);
+	tenant->sequences = 0;
+	(void)tenant_free(tenant);
+}
+
 #define TENANT_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -168,6 +220,8 @@ int main(void)
 		TENANT_TEST(test_two_tenants_share_nothing),
 		TENANT_TEST(test_table_is_full),
 		TENANT_TEST(test_claims),
+		TENANT_TEST(test_budgets),
+		TENANT_TEST(test_limits),
 	};
 
 	return runner_run("tenant", tests, sizeof(tests) / sizeof(tests[0]));

@@ -35,7 +35,15 @@ static Kvg__AdminRequest *request_sent(const char *name, const struct command_ar
 
 static void test_requests(void **state)
 {
-	const struct command_arguments arguments = {.tenant = "search", .device_max = UINT64_C(5) << 30};
+	const struct command_arguments arguments = {.tenant = "search",
+		.budget_set = {true, false, true, false, true, false},
+		.budget = {1, 2, UINT64_C(5) << 30, 4, 5, 6},
+		.worker = 8,
+		.seq = UINT64_C(9) << 32,
+		.has_ratio = true,
+		.ratio = 0.5,
+		.has_bytes = true,
+		.bytes = 10};
 	size_t count;
 	const struct command *table = command_table(&count);
 	Kvg__AdminRequest *request;
@@ -51,7 +59,30 @@ static void test_requests(void **state)
 	kvg__admin_request__free_unpacked(request, NULL);
 	request = request_sent("budget set", &arguments);
 	assert_string_equal(request->budget_set->tenant, "search");
+	assert_true(request->budget_set->has_device_min && request->budget_set->has_device_max);
+	assert_true(request->budget_set->has_host_high && !request->budget_set->has_host_max);
+	assert_false(request->budget_set->has_device_high || request->budget_set->has_host_min);
+	assert_int_equal(request->budget_set->device_min, 1);
 	assert_int_equal(request->budget_set->device_max, UINT64_C(5) << 30);
+	assert_int_equal(request->budget_set->host_high, 5);
+	kvg__admin_request__free_unpacked(request, NULL);
+	request = request_sent("budget reset", &arguments);
+	assert_string_equal(request->budget_reset->tenant, "search");
+	kvg__admin_request__free_unpacked(request, NULL);
+	request = request_sent("reclaim", &arguments);
+	assert_string_equal(request->reclaim->tenant, "search");
+	assert_true(request->reclaim->has_bytes);
+	assert_int_equal(request->reclaim->bytes, 10);
+	kvg__admin_request__free_unpacked(request, NULL);
+	request = request_sent("recall", &arguments);
+	assert_int_equal(request->sequence_work->what, KVG__SEQUENCE_WORK__WHAT__RECALL);
+	assert_int_equal(request->sequence_work->worker, 8);
+	assert_int_equal(request->sequence_work->seq, UINT64_C(9) << 32);
+	assert_true(request->sequence_work->has_ratio && request->sequence_work->ratio == 0.5);
+	assert_false(request->sequence_work->has_budget);
+	kvg__admin_request__free_unpacked(request, NULL);
+	request = request_sent("restore", &arguments);
+	assert_int_equal(request->sequence_work->what, KVG__SEQUENCE_WORK__WHAT__RESTORE);
 	kvg__admin_request__free_unpacked(request, NULL);
 }
 
@@ -112,6 +143,11 @@ static void test_every_table(void **state)
 	Kvg__WorkerList worker_list = KVG__WORKER_LIST__INIT;
 	Kvg__SequenceList sequence_list = KVG__SEQUENCE_LIST__INIT;
 	Kvg__Budget budget = KVG__BUDGET__INIT;
+	Kvg__Context context = KVG__CONTEXT__INIT, *contexts[] = {&context};
+	Kvg__ContextList context_list = KVG__CONTEXT_LIST__INIT;
+	Kvg__SequenceDone done = KVG__SEQUENCE_DONE__INIT;
+	Kvg__Reclaimed reclaimed = KVG__RECLAIMED__INIT;
+	uint8_t key[32] = {0xde, 0xad, 0, 1, 2, 3, 4, 0xff, 0x77};
 
 	(void)state;
 	status.version = version;
@@ -150,6 +186,26 @@ static void test_every_table(void **state)
 	assert_printed("sequences", &sequence_list.base, (const char *const[]){"EPOCH:SLOT", "3:1", "pair", NULL});
 	budget.tenant = name;
 	assert_printed("budget get", &budget.base, (const char *const[]){"device.max 0 B\n", NULL});
+	assert_not_printed("budget get", &budget.base, "device.high");
+	budget.has_device_high = budget.has_live = budget.live = 1;
+	budget.device_high = 1024;
+	budget.standing = name;
+	assert_printed("budget set", &budget.base,
+		(const char *const[]){"device.high 1.0 KiB\n", "set live    yes\n", "in the way  search\n", NULL});
+	context.tenant = context.state = name;
+	context.model = model;
+	context.key = (ProtobufCBinaryData){.data = key, .len = sizeof(key)};
+	context_list.contexts = contexts;
+	context_list.n_contexts = 1;
+	assert_printed(
+		"contexts", &context_list.base, (const char *const[]){"ATTACHED", " dead0001020304ff ", "pilot", NULL});
+	done.moved = 2048;
+	assert_printed("evict", &done.base, (const char *const[]){"pairs dropped 2048\n", NULL});
+	assert_printed("recall", &done.base, (const char *const[]){"pairs recalled 2048\n", NULL});
+	assert_printed("offload", &done.base, (const char *const[]){"moved      2.0 KiB\n", NULL});
+	assert_printed("restore", &done.base, (const char *const[]){"moved      2.0 KiB\n", NULL});
+	reclaimed.device_bytes = 3 << 20;
+	assert_printed("reclaim", &reclaimed.base, (const char *const[]){"given back  3.0 MiB\n", NULL});
 }
 
 static void test_empty_lists(void **state)

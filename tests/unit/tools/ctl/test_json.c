@@ -54,6 +54,21 @@ static void test_nested(void **state)
 		"\"physical\":0,\"charged\":0}],\"differences\":[\"tenant a: charged 1, counted 2\"]}");
 }
 
+static void test_bytes(void **state)
+{
+	char text[] = "a";
+	uint8_t key[] = {0, 0xff, 0x1c};
+	Kvg__Context context = KVG__CONTEXT__INIT;
+	json_t *object = NULL;
+
+	(void)state;
+	context.tenant = context.model = context.state = text;
+	context.key = (ProtobufCBinaryData){.data = key, .len = sizeof(key)};
+	assert_int_equal(json_from_message(&context.base, &object), 0);
+	assert_string_equal(json_string_value(json_object_get(object, "key")), "00ff1c");
+	json_decref(object);
+}
+
 static void test_real_number(void **state)
 {
 	char tenant[] = "a";
@@ -116,6 +131,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_budget),
 		cmocka_unit_test(test_nested),
+		cmocka_unit_test(test_bytes),
 		cmocka_unit_test(test_real_number),
 		cmocka_unit_test(test_optional_left_out),
 		cmocka_unit_test(test_text_that_is_not_utf8),

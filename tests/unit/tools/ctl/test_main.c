@@ -78,7 +78,7 @@ static void test_help(void **state)
 	(void)state;
 	run((const char *const[]){"--help", NULL}, &got);
 	assert_int_equal(got.status, 0);
-	assert_non_null(strstr(got.out, "budget set TENANT device.max=SIZE"));
+	assert_non_null(strstr(got.out, "budget set TENANT KEY=SIZE..."));
 	assert_non_null(strstr(got.out, "/run/kvgate/admin.sock"));
 	assert_string_equal(got.err, "");
 }

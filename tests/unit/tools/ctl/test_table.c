@@ -102,6 +102,25 @@ static void test_rows(void **state)
 	free(text);
 }
 
+static void test_rows_without_a_value(void **state)
+{
+	static const struct column columns[] = {
+		{"tenant", "T", COLUMN_TEXT}, {"device_min", "MIN", COLUMN_SIZE}, {"standing", "WHAT", COLUMN_TEXT}};
+	char tenant[] = "a";
+	Kvg__Budget budget = KVG__BUDGET__INIT;
+	const ProtobufCMessage *rows[] = {&budget.base};
+	char *text = NULL;
+	size_t size;
+	FILE *out = open_memstream(&text, &size);
+
+	(void)state;
+	budget.tenant = tenant;
+	assert_int_equal(table_print_rows(out, rows, 1, columns, COUNT(columns)), 0);
+	assert_int_equal(fclose(out), 0);
+	assert_string_equal(text, "T MIN WHAT\na   - -\n");
+	free(text);
+}
+
 static void test_rows_refuse_a_wrong_column(void **state)
 {
 	const struct column column = {"nothing", "NOTHING", COLUMN_TEXT};
@@ -137,6 +156,7 @@ int main(void)
 		cmocka_unit_test(test_cell_refusals),
 		cmocka_unit_test(test_cell_cuts_long_text),
 		cmocka_unit_test(test_rows),
+		cmocka_unit_test(test_rows_without_a_value),
 		cmocka_unit_test(test_rows_refuse_a_wrong_column),
 		cmocka_unit_test(test_record),
 	};

@@ -213,6 +213,7 @@ int kvg_append(const struct kvg_client *client, uint64_t seq, uint32_t layer, ui
 	(void)client;
 	assert_int_equal(seq, SEQ);
 	assert_int_equal(k_stride, v_stride);
+	assert_false(fake.offloaded);
 	if (pos < fake.evicted_pos || pos + count > fake.reserved_pos)
 		return -EINVAL;
 	return calls.append(calls.user, layer, head, pos, count, k, v, k_stride);
@@ -226,4 +227,86 @@ int kvg_attend(const struct kvg_client *client, uint64_t seq, uint32_t layer, ui
 	(void)client;
 	assert_int_equal(seq, SEQ);
 	return calls.attend(calls.user, layer, head, pos, count, scale, q, q_stride, out, o_stride);
+}
+
+int kvg_recall(struct kvg_client *client, uint64_t seq, double ratio, struct kvg_recall_result *ret)
+{
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	assert_true(fake.policy.flags & KVG_POLICY_RETAIN_HOST);
+	assert_false(fake.offloaded);
+	fake.recalls++;
+	fake.recalled = ratio;
+	*ret = (struct kvg_recall_result){.pairs_recalled = 10};
+	return 0;
+}
+
+int kvg_offload(struct kvg_client *client, uint64_t seq, uint64_t *ret_bytes)
+{
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	assert_false(fake.offloaded);
+	fake.offloaded = true;
+	fake.offloads++;
+	*ret_bytes = 777;
+	return 0;
+}
+
+int kvg_restore(struct kvg_client *client, uint64_t seq)
+{
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	assert_true(fake.offloaded);
+	fake.offloaded = false;
+	fake.restores++;
+	return 0;
+}
+
+/* Sums, not digests: different enough for a test. */
+int kvg_context_keys(struct kvg_client *client, const struct kvg_policy *policy, const uint32_t *tokens, uint32_t count,
+	uint32_t chunk, uint8_t *ret_keys)
+{
+	uint64_t sum = (uint64_t)(policy->ratio * 1000.0);
+
+	assert_ptr_equal(client, handle());
+	assert_int_equal(chunk, policy->chunk_tokens);
+	for (uint32_t i = 0; i < count; i++) {
+		sum = sum * 31 + tokens[i];
+		if ((i + 1) % chunk && i + 1 < count)
+			continue;
+		memset(ret_keys, 0, KVG_KEY_SIZE);
+		memcpy(ret_keys, &sum, sizeof(sum));
+		ret_keys += KVG_KEY_SIZE;
+	}
+	return 0;
+}
+
+int kvg_publish(struct kvg_client *client, uint64_t seq, const uint8_t key[KVG_KEY_SIZE], struct kvg_context_info *ret)
+{
+	(void)client;
+	assert_int_equal(seq, SEQ);
+	memcpy(fake.key, key, KVG_KEY_SIZE);
+	fake.published = fake.evicted_pos = fake.committed_pos;
+	fake.publishes++;
+	*ret = (struct kvg_context_info){.id = 1, .bytes = 4096, .tokens = fake.published, .attached = 1};
+	return 0;
+}
+
+int kvg_attach(struct kvg_client *client, const uint8_t key[KVG_KEY_SIZE], const struct kvg_policy *policy,
+	uint64_t *ret_seq, struct kvg_context_info *ret)
+{
+	(void)client;
+	assert_int_equal(fake.sequences, 0);
+	assert_int_equal(policy->mode, KVG_MODE_OFF);
+	assert_int_equal(policy->prefix_tokens + policy->context_tokens, 0);
+	if (!fake.published || memcmp(fake.key, key, KVG_KEY_SIZE) != 0)
+		return -ENOENT;
+	fake.sequences = 1;
+	fake.policy = *policy;
+	fake.policy.prefix_tokens = fake.published;
+	fake.reserved_pos = fake.committed_pos = fake.evicted_pos = fake.published;
+	fake.attaches++;
+	*ret_seq = SEQ;
+	*ret = (struct kvg_context_info){.id = 1, .bytes = 4096, .tokens = fake.published, .attached = 2};
+	return 0;
 }

@@ -6,6 +6,7 @@
 #ifndef KVG_TEST_FAKE_KVGATE_H
 #define KVG_TEST_FAKE_KVGATE_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "client/kvgate.h"
@@ -21,6 +22,12 @@ struct fake_kvgate {
 	uint64_t drops;          /* what a decode eviction says that it dropped; the pairs stay */
 	uint32_t evicted_at[16]; /* committed position at each eviction */
 	uint64_t staged_rows;    /* of the sequence, all layers */
+	double recalled;         /* ratio of the last recall */
+	bool offloaded;          /* nothing may be read or written */
+	unsigned recalls, offloads, restores;
+	/* The context published, whose KV is what `kv` holds: it stays when the sequence goes. */
+	uint8_t key[KVG_KEY_SIZE];
+	uint32_t published, publishes, attaches;
 	int fail_gate, fail_create, fail_stage, fail_evict; /* what that call returns, when not 0 */
 };
 

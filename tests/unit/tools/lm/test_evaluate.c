@@ -36,6 +36,9 @@ static void test_counts_right_and_wrong(void **state)
 	assert_int_equal(report.contexts, 2);
 	assert_int_equal(report.queries, 4);
 	assert_int_equal(report.correct, 3);
+	/* The same query of the same context, three times. */
+	assert_true(report.answers[0] == report.answers[2] && report.answers[0] == report.answers[3]);
+	assert_true(report.answers[0] != report.answers[1]);
 	assert_int_equal(report.usage.bytes_full, 2 * (1 + strlen(CONTEXT)) * 6 * 4 * 64 * 4);
 	assert_int_equal(report.usage.bytes_held, report.usage.bytes_full);
 	assert_int_equal(report.usage.bytes_physical, 2 * 12345);
@@ -43,6 +46,7 @@ static void test_counts_right_and_wrong(void **state)
 	assert_int_equal(b->fake->truncates, 2);
 	assert_int_equal(b->fake->evictions, 2 * ((1 + strlen(CONTEXT) + 99) / 100));
 	assert_int_equal(b->fake->sequences, 0);
+	lm_report_deinit(&report);
 }
 
 /* The event at 257 tokens falls into each query: when it drops pairs, the context is read once for each. */
@@ -74,6 +78,7 @@ static void test_queries_stay_independent_under_a_decode_budget(void **state)
 		assert_int_equal(b->fake->truncates, drops ? 0 : 2);
 		assert_int_equal(b->fake->evictions, drops ? 6 : 4);
 		assert_int_equal(b->fake->sequences, 0);
+		lm_report_deinit(&report);
 	}
 	assert_int_equal(b->fake->evicted_at[0], 253);
 	assert_int_equal(b->fake->evicted_at[1], 257);

@@ -66,6 +66,8 @@ static void test_defaults(void **state)
 	assert_int_equal(o.generate, 200);
 	assert_false(o.generate_given);
 	assert_int_equal(o.decode_budget, 0);
+	assert_true(o.recall == 0.0);
+	assert_false(o.offload_between || o.publish || o.attach);
 	assert_true(o.threads >= 1);
 	assert_false(o.json || o.help || o.version);
 	assert_int_equal(parse("kvgate-lm --help", &o, text), 0);
@@ -97,6 +99,26 @@ static void test_wrong_usage_is_named(void **state)
 		{"--decode-budget -200", "--decode-budget is '-200'"},
 		{"--decode-budget 200.5", "--decode-budget is '200.5'"},
 		{"--decode-budget", "option --decode-budget needs a value"},
+		{"--recall 0", "--recall is '0', not a number above 0 and at most 1"},
+		{"--recall", "option --recall needs a value"},
+		{"--socket S --model M --gate G --needles N --recall 0.5", "--recall is 0.5: ratio 1 leaves nothing"},
+		{"--socket S --model M --gate G --needles N --ratio 0.3 --recall 0.2",
+			"--recall is 0.2: ratio 0.3 leaves nothing"},
+		{"--socket S --model M --gate G --golden N --publish",
+			"--publish goes with --needles or --text, not with --golden"},
+		{"--socket S --model M --golden N --attach", "--attach goes with --needles or"},
+		{"--socket S --model M --golden N --offload-between", "--offload-between goes with --needles or"},
+		{"--socket S --model M --needles N --publish --attach", "--publish and --attach: a context is"},
+		{"--socket S --model M --gate G --needles N --ratio 0.1 --recall 0.3 --publish",
+			"--recall goes not with --publish"},
+		{"--socket S --model M --gate G --needles N --ratio 0.1 --recall 0.3 --attach",
+			"--recall goes not with --attach"},
+		{"--socket S --model M --gate G --text N --ratio 0.1 --recall 0.3 --decode-budget 200",
+			"--recall goes not with --decode-budget"},
+		{"--socket S --model M --gate G --text N --publish --decode-budget 200",
+			"--publish goes not with --decode-budget"},
+		{"--socket S --model M --gate G --text N --attach --decode-budget 200",
+			"--attach goes not with --decode-budget"},
 		{"--generate 0", "--generate is '0'"},
 		{"--ratio 0", "--ratio is '0', not a number above 0 and at most 1"},
 		{"--ratio 1.01", "--ratio is '1.01'"},
@@ -166,14 +188,27 @@ static void test_policy(void **state)
 	assert_int_equal(p.mode, KVG_MODE_OFF);
 	assert_int_equal(p.budget, 132);
 	assert_int_equal(p.max_new_tokens, 9);
+	assert_int_equal(parse("kvgate-lm --socket S --model M --gate G --needles N --ratio 0.1 --recall 0.3 "
+			       "--offload-between",
+				 &o, text),
+		0);
+	assert_true(o.recall == 0.3);
+	assert_true(o.offload_between);
+	p = lm_options_policy(&o, 1, 1);
+	assert_true(p.ratio == 0.1);
+	assert_int_equal(p.flags, KVG_POLICY_RETAIN_HOST);
+	assert_int_equal(parse("kvgate-lm --socket S --model M --gate G --needles N --publish", &o, text), 0);
+	assert_true(o.publish);
+	assert_int_equal(parse("kvgate-lm --socket S --model M --gate G --needles N --attach", &o, text), 0);
+	assert_true(o.attach);
 }
 
 static void test_help_names_every_option(void **state)
 {
 	static const char *const names[] = {"--socket PATH", "--model DIR", "--gate FILE", "--needles FILE",
 		"--text FILE", "--golden FILE", "--ratio R", "--level LEVEL", "--chunk N", "--window N", "--floor N",
-		"--kv-dtype TYPE", "--limit N", "--generate N", "--decode-budget B", "--threads N", "--json", "--help",
-		"--version"};
+		"--kv-dtype TYPE", "--limit N", "--generate N", "--decode-budget B", "--recall R", "--offload-between",
+		"--publish", "--attach", "--threads N", "--json", "--help", "--version"};
 	char *help = NULL;
 	size_t size = 0;
 	FILE *out = open_memstream(&help, &size);

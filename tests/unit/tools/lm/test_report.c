@@ -12,6 +12,8 @@ static const struct lm_report report = {
 	.queries = 16,
 	.correct = 15,
 	.usage = {.bytes_full = 2000, .bytes_held = 601, .bytes_physical = 524288},
+	.answers = (uint64_t[16]){0xabc},
+	.logits_hash = 0x1234,
 	.times = {.prefill_ns = 2000000000,
 		.stage_ns = 10000000,
 		.wait_ns = 20000000,
@@ -45,7 +47,7 @@ static void test_json(void **state)
 	assert_int_equal(fclose(out), 0);
 	assert_ptr_equal(strchr(written, '\n'), written + size - 1);
 	object = json_loads(written, 0, NULL);
-	assert_int_equal(json_object_size(object), 12);
+	assert_int_equal(json_object_size(object), 15);
 	assert_true(number(object, "queries") == 16.0);
 	assert_true(number(object, "correct") == 15.0);
 	assert_true(number(object, "accuracy") == 0.9375);
@@ -58,7 +60,79 @@ static void test_json(void **state)
 	assert_true(fabs(number(object, "prefill_tokens_per_s") - 3000.0) < 1e-6);
 	assert_true(fabs(number(object, "decode_tokens_per_s") - 200.0) < 1e-6);
 	assert_true(fabs(number(object, "evict_ms_total") - 100.0) < 1e-6);
+	assert_true(fabs(number(object, "prefill_ms_total") - 2000.0) < 1e-6);
+	assert_string_equal(json_string_value(json_object_get(object, "logits_hash")), "0000000000001234");
+	assert_int_equal(json_array_size(json_object_get(object, "answers")), 16);
+	assert_string_equal(
+		json_string_value(json_array_get(json_object_get(object, "answers"), 0)), "0000000000000abc");
 	json_decref(object);
+	free(written);
+}
+
+static const struct lm_moves moves = {.recalls = 2,
+	.recall_ns = 3000000,
+	.recalled_bytes = 3001,
+	.offloads = 2,
+	.offload_ns = 4000000,
+	.restore_ns = 5000000,
+	.host_bytes = 4000,
+	.device_bytes = 5000,
+	.publishes = 1,
+	.publish_ns = 6000000,
+	.attaches = 1,
+	.attach_ns = 7000000,
+	.context_bytes = 6000};
+
+static void test_moves_as_json(void **state)
+{
+	static const struct {
+		const char *object, *key;
+		double value;
+	} wanted[] = {{"recall", "ratio", 0.5}, {"recall", "device_bytes", 1501}, {"recall", "ms_total", 3},
+		{"offload", "host_bytes", 2000}, {"offload", "device_bytes", 2500}, {"offload", "offload_ms_total", 4},
+		{"offload", "restore_ms_total", 5}, {"publish", "contexts", 1}, {"publish", "device_bytes", 6000},
+		{"publish", "ms_total", 6}, {"attach", "contexts", 1}, {"attach", "device_bytes", 6000},
+		{"attach", "ms_total", 7}};
+	const struct lm_options o = {.ratio = 0.3, .recall = 0.5};
+	struct lm_report moved = report;
+	char *written = NULL;
+	size_t size = 0;
+	FILE *out = open_memstream(&written, &size);
+	json_t *object;
+
+	(void)state;
+	assert_non_null(out);
+	moved.moves = moves;
+	assert_int_equal(lm_report_json(&moved, &o, out), 0);
+	assert_int_equal(fclose(out), 0);
+	object = json_loads(written, 0, NULL);
+	assert_int_equal(json_object_size(object), 19);
+	for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++)
+		if (fabs(number(json_object_get(object, wanted[i].object), wanted[i].key) - wanted[i].value) > 1e-6)
+			fail_msg("%s.%s in %s", wanted[i].object, wanted[i].key, written);
+	json_decref(object);
+	free(written);
+}
+
+static void test_moves_as_text(void **state)
+{
+	const struct lm_options o = {.ratio = 0.3, .recall = 0.5};
+	struct lm_report moved = report;
+	char *written = NULL;
+	size_t size = 0;
+	FILE *out = open_memstream(&written, &size);
+
+	(void)state;
+	assert_non_null(out);
+	moved.moves = moves;
+	lm_report_text(&moved, &o, out);
+	assert_int_equal(fclose(out), 0);
+	assert_non_null(
+		strstr(written, "recall to ratio 0.5: 1501 bytes of pairs came back, mean of contexts; 3.0 ms"));
+	assert_non_null(
+		strstr(written, "2000 bytes on the host, 2500 of the device given back; out 4.0 ms, back 5.0 ms"));
+	assert_non_null(strstr(written, "published 1 contexts of 6000 bytes, mean; 6.0 ms in all\n"));
+	assert_non_null(strstr(written, "attached to 1 contexts of 6000 bytes, mean; 7.0 ms in all\n"));
 	free(written);
 }
 
@@ -125,7 +199,7 @@ static void test_generations_as_json(void **state)
 	assert_int_equal(fclose(out), 0);
 	assert_ptr_equal(strchr(written, '\n'), written + size - 1);
 	object = json_loads(written, 0, NULL);
-	assert_int_equal(json_object_size(object), 9);
+	assert_int_equal(json_object_size(object), 11);
 	assert_true(number(object, "contexts") == 2.0);
 	assert_true(number(object, "decode_budget") == 256.0);
 	assert_true(number(object, "decode_tokens") == 100.0);
@@ -180,6 +254,8 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_json),
+		cmocka_unit_test(test_moves_as_json),
+		cmocka_unit_test(test_moves_as_text),
 		cmocka_unit_test(test_json_to_a_full_disk),
 		cmocka_unit_test(test_text),
 		cmocka_unit_test(test_generations_as_json),

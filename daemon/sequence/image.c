@@ -1,0 +1,225 @@
+#include "daemon/sequence/image.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/host/copy.h"
+
+#define STRIPE_HELD  UINT32_MAX
+#define PLACES_ALIGN 128u
+#define SOME_BLOCKS  32u /* between two looks at the clock */
+
+/* ---- shape ---- */
+
+static uint32_t half_size(uint32_t dim, uint32_t dtype)
+{
+	return KVG_BLOCK_TOKENS * dim * (dtype == KVG_F32 ? 4u : 2u);
+}
+
+struct image_shape image_shape(const struct kvg_group *group, uint32_t frame_size)
+{
+	struct image_shape shape = {
+		.k_half = half_size(group->k_dim, group->k_dtype), .v_half = half_size(group->v_dim, group->v_dtype)};
+	uint32_t block = shape.k_half + shape.v_half;
+
+	shape.unit = block <= frame_size ? block : frame_size;
+	shape.units = block <= frame_size ? 1 : 2;
+	return shape;
+}
+
+static uint32_t align_places(uint32_t offset)
+{
+	return (offset + PLACES_ALIGN - 1) / PLACES_ALIGN * PLACES_ALIGN;
+}
+
+uint32_t image_frames(const struct image_shape *shape, uint32_t frame_size, uint64_t blocks)
+{
+	uint64_t units = blocks * shape->units, each = frame_size / shape->unit, frames, rest = blocks;
+	uint64_t in_frame = frame_size / IMAGE_PLACES, tail;
+
+	if (!blocks)
+		return 0;
+	frames = (units + each - 1) / each;
+	tail = frame_size - align_places((uint32_t)((units - 1) % each + 1) * shape->unit);
+	tail /= IMAGE_PLACES;
+	rest = rest > tail ? rest - tail : 0;
+	frames += (rest + in_frame - 1) / in_frame;
+	return frames < UINT32_MAX ? (uint32_t)frames : UINT32_MAX;
+}
+
+void image_seek_places(struct host_cursor *cursor)
+{
+	cursor->offset = align_places(cursor->offset);
+}
+
+/* ---- the canonical order ---- */
+
+void image_walk_init(struct image_walk *walk)
+{
+	*walk = (struct image_walk){.stripe = STRIPE_HELD};
+}
+
+static uint32_t take_held(const struct sequence *sequence, struct image_walk *walk, uint32_t *ids, uint32_t most)
+{
+	const struct meta_part *part = &sequence->space->part;
+	const struct meta_row *rows = meta_rows(part, sequence->slot);
+	uint32_t count = 0;
+
+	while (count < most && walk->row < sequence->space->rows) {
+		const uint32_t *held = meta_held(part, sequence->slot, walk->row);
+		uint32_t left = rows[walk->row].held_blocks - walk->index,
+			 n = left < most - count ? left : most - count;
+
+		memcpy(ids + count, held + walk->index, n * sizeof(uint32_t));
+		count += n;
+		walk->index += n;
+		if (n == left) {
+			walk->row++;
+			walk->index = 0;
+		}
+	}
+	return count;
+}
+
+static uint32_t take_runs(const struct sequence *sequence, struct image_walk *walk, uint32_t *ids, uint32_t most)
+{
+	const struct meta_part *part = &sequence->space->part;
+	uint32_t count = 0;
+
+	while (count < most && walk->stripe < sequence->meta->stripes) {
+		ids[count++] = meta_run(part, sequence->slot, walk->stripe)[walk->row] + walk->index;
+		if (++walk->index < KVG_RUN_BLOCKS)
+			continue;
+		walk->index = 0;
+		if (++walk->row == sequence->space->rows) {
+			walk->row = 0;
+			walk->stripe++;
+		}
+	}
+	return count;
+}
+
+uint32_t image_walk_next(const struct sequence *sequence, struct image_walk *walk, uint32_t *ids, uint32_t most)
+{
+	uint32_t count = 0;
+
+	if (walk->stripe == STRIPE_HELD) {
+		count = take_held(sequence, walk, ids, most);
+		if (walk->row == sequence->space->rows)
+			*walk = (struct image_walk){0};
+	}
+	if (walk->stripe != STRIPE_HELD)
+		count += take_runs(sequence, walk, ids + count, most - count);
+	return count;
+}
+
+/* ---- copies ---- */
+
+struct image *image_new(const struct sequence *sequence, uint32_t first, bool load)
+{
+	const struct space *space = sequence->space;
+	struct image *image = malloc(sizeof(*image));
+
+	if (!image)
+		return NULL;
+	*image = (struct image){.tier = space->pool->tier,
+		.load = load,
+		.first = first,
+		.opened = first,
+		.blocks = sequence->meta->blocks,
+		.cursor = host_cursor(space->pool->tier, first),
+		.turn.tenant = space->tenant->index};
+	image_walk_init(&image->walk);
+	return image;
+}
+
+struct image *image_free(struct image *image)
+{
+	free(image);
+	return NULL;
+}
+
+int image_open(struct image *image)
+{
+	while (image->opened) {
+		int r = host_tier_open(image->tier, image->opened);
+
+		if (r >= 0)
+			image->opened = host_tier_next(image->tier, image->opened);
+		else if (r != -EAGAIN)
+			return r;
+		if (image->opened && turns_over(&image->turn, loop_now()))
+			return -EAGAIN;
+	}
+	return 0;
+}
+
+static void copy(const struct image *image, uint8_t *at, uint8_t *in_image, uint32_t size)
+{
+	if (image->load)
+		kvg_stream_copy(at, in_image, size);
+	else
+		kvg_stream_copy(in_image, at, size);
+}
+
+static void copy_block(const struct arena *arena, const struct image_shape *shape, struct image *image, uint32_t id)
+{
+	uint8_t *k = arena->base + id * arena->stride, *v = k + arena->extent_size / 2;
+	uint8_t *in_image = host_cursor_take(&image->cursor, shape->unit);
+
+	copy(image, k, in_image, shape->k_half);
+	if (shape->units == 1)
+		in_image += shape->k_half;
+	else
+		in_image = host_cursor_take(&image->cursor, shape->unit);
+	copy(image, v, in_image, shape->v_half);
+}
+
+static void copy_places(const struct space *space, struct image *image, uint32_t id)
+{
+	struct meta_place *places = blocks_places(space->arena, space->pool->meta, id);
+	uint8_t *in_image = host_cursor_take(&image->cursor, IMAGE_PLACES);
+
+	if (image->load)
+		memcpy(places, in_image, IMAGE_PLACES);
+	else
+		memcpy(in_image, places, IMAGE_PLACES);
+}
+
+/* The next few blocks, or places of them. */
+static void copy_some(const struct sequence *sequence, const struct image_shape *shape, struct image *image)
+{
+	uint32_t ids[SOME_BLOCKS], n = image_walk_next(sequence, &image->walk, ids, SOME_BLOCKS);
+	bool places = image->copied == image->blocks;
+
+	for (uint32_t i = 0; i < n; i++) {
+		if (places)
+			copy_places(sequence->space, image, ids[i]);
+		else
+			copy_block(sequence->space->arena, shape, image, ids[i]);
+	}
+	if (places) {
+		image->placed += n;
+		return;
+	}
+	image->copied += n;
+	if (image->copied == image->blocks) {
+		image_walk_init(&image->walk);
+		image_seek_places(&image->cursor);
+	}
+}
+
+int image_copy(const struct sequence *sequence, struct image *image)
+{
+	const struct image_shape shape =
+		image_shape(&sequence->space->arena->layout.groups[0], host_tier_frame_size(image->tier));
+
+	while (!image_is_complete(image)) {
+		copy_some(sequence, &shape, image);
+		if (turns_over(&image->turn, loop_now()))
+			break;
+	}
+	kvg_stream_fence();
+	return image_is_complete(image) ? 0 : -EAGAIN;
+}

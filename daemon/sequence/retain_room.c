@@ -1,0 +1,145 @@
+/* Host memory of a store: frames come with evictions, and go with what they held. */
+#include <stdlib.h>
+
+#include "daemon/sequence/compute.h"
+#include "daemon/sequence/retain.h"
+#include "daemon/tier/host.h"
+
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+bool retain_wants(const struct sequence *sequence)
+{
+	const struct space *space = sequence->space;
+	const struct host_tier *tier = space->pool->tier;
+
+	return (sequence->meta->policy.flags & KVG_POLICY_RETAIN_HOST) && space->compute->pack && tier &&
+	       host_tier_frame_count(tier) && space->tenant->host.account->max;
+}
+
+static struct retain *retain_of(struct sequence *sequence)
+{
+	const struct space *space = sequence->space;
+	struct retain *retain = sequence->retain;
+
+	if (retain)
+		return retain;
+	retain = sequence->retain = calloc(1, sizeof(*retain));
+	if (retain) {
+		retain->base = host_tier_at(space->pool->tier, 1);
+		retain_form_init(
+			&retain->form, &space->part.worker->layout.groups[0], host_tier_frame_size(space->pool->tier));
+	}
+	return retain;
+}
+
+static bool grow_list(struct retain *retain, uint64_t frames)
+{
+	uint64_t capacity = 2 * (uint64_t)retain->frame_capacity;
+	uint32_t *grown;
+
+	if (frames <= retain->frame_capacity)
+		return true;
+	if (capacity < frames)
+		capacity = frames;
+	grown = capacity > UINT32_MAX ? NULL : realloc(retain->frames, capacity * sizeof(*grown));
+	if (!grown)
+		return false;
+	retain->frames = grown;
+	retain->frame_capacity = (uint32_t)capacity;
+	return true;
+}
+
+/* Takes that many frames, all or none. */
+static bool take_frames(struct sequence *sequence, uint32_t count)
+{
+	const struct space *space = sequence->space;
+	struct host_tier *tier = space->pool->tier;
+	struct retain *retain = sequence->retain;
+	char text[QUOTA_TEXT];
+	uint32_t first;
+
+	if (!grow_list(retain, (uint64_t)retain->frame_count + count) ||
+		host_tier_take(tier, space->tenant, count, "what an eviction drops", &first, text) < 0)
+		return false;
+	if (retain->frame_count)
+		host_tier_join(tier, retain->frames[retain->frame_count - 1] + 1, first);
+	else
+		sequence->meta->retained = first;
+	for (uint32_t frame = first; frame; frame = host_tier_next(tier, frame))
+		retain->frames[retain->frame_count++] = frame - 1;
+	return true;
+}
+
+/* Of so many frames, those that the tenant's budget and its pool have. */
+static uint64_t within_budget(const struct sequence *sequence, uint64_t frames)
+{
+	const struct quota *quota = &sequence->space->tenant->host;
+	uint64_t size = sequence->retain->form.frame_size, bytes = frames * size;
+	uint64_t lack = quota_lack(quota, bytes), pool = quota_lack_pool(quota, bytes);
+
+	lack = lack > pool ? lack : pool;
+	return bytes > lack ? (bytes - lack) / size : 0;
+}
+
+bool retain_take(struct sequence *sequence, uint64_t pairs)
+{
+	struct retain *retain = retain_of(sequence);
+	uint64_t need, want;
+
+	if (!retain || !retain->form.per_frame)
+		return false;
+	need = retain_frames_for(&retain->form, retain->count + pairs);
+	want = need > retain->frame_count ? min_u64(need - retain->frame_count, UINT32_MAX - retain->frame_count) : 0;
+	want = within_budget(sequence, want);
+	if (want)
+		(void)take_frames(sequence, (uint32_t)want);
+	return retain->frame_count > 0;
+}
+
+static void cut_frames(struct sequence *sequence, uint32_t count)
+{
+	const struct space *space = sequence->space;
+	struct retain *retain = sequence->retain;
+
+	if (count == retain->frame_count)
+		return;
+	if (count) {
+		host_tier_cut(space->pool->tier, space->tenant, retain->frames[count - 1] + 1);
+	} else {
+		host_tier_give(space->pool->tier, space->tenant, sequence->meta->retained);
+		sequence->meta->retained = 0;
+	}
+	retain->frame_count = count;
+}
+
+void retain_settle(struct sequence *sequence)
+{
+	struct retain *retain = sequence->retain;
+
+	cut_frames(sequence, (uint32_t)retain_frames_for(&retain->form, retain->count));
+	sequence->meta->retained_bytes = retain->count * retain_pair_bytes(&retain->form);
+}
+
+void retain_forget(struct sequence *sequence)
+{
+	if (!sequence->retain)
+		return;
+	sequence->retain->count = 0;
+	retain_settle(sequence);
+	free(sequence->retain->frames);
+	free(sequence->retain);
+	sequence->retain = NULL;
+}
+
+int retain_open(const struct sequence *sequence)
+{
+	const struct retain *retain = sequence->retain;
+	int r = 0;
+
+	for (uint64_t i = retain->count / retain->form.per_frame; r >= 0 && i < retain->frame_count; i++)
+		r = host_tier_open(sequence->space->pool->tier, retain->frames[i] + 1);
+	return r;
+}

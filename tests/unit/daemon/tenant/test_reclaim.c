@@ -1,0 +1,374 @@
+#include "daemon/tenant/reclaim.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/support/runner.h"
+
+#define UNIT    65536u
+#define WAIT_NS 20000000u /* of requests, in these tests */
+
+/* A pool of 16 units, two tenants of at most 10, and what their workers would be told. */
+struct scene {
+	struct loop *loop;
+	struct executor *executor;
+	struct kind *kind;
+	struct pool *pool;
+	struct tenant *tenants[2];
+	size_t tenant_count;
+	struct reclaim reclaim;
+	struct loop_timer *stop;
+	int pressure[2];  /* by tenant: told on less told off */
+	unsigned told[2]; /* times that it was told on */
+	char text[QUOTA_TEXT];
+};
+
+/* Something on offer that notes when it is taken. */
+struct thing {
+	struct reclaimable reclaimable;
+	unsigned order; /* of being begun, from 1 on; 0: not yet */
+	bool refuses;
+	unsigned *begun; /* counter shared by a test's things */
+};
+
+struct waiter {
+	struct memory_wait wait;
+	unsigned asked;
+	uint64_t bytes;
+	bool granted, refused;
+	char text[QUOTA_TEXT];
+};
+
+static void on_pressure(void *user, struct tenant *tenant, bool on)
+{
+	struct scene *scene = user;
+	unsigned i = tenant == scene->tenants[1];
+
+	scene->pressure[i] += on ? 1 : -1;
+	scene->told[i] += on;
+}
+
+static const struct reclaim_ops ops = {.pressure = on_pressure};
+
+static void stop_loop(void *user)
+{
+	loop_stop(user);
+}
+
+static void open_scene(struct scene *scene)
+{
+	*scene = (struct scene){0};
+	assert_int_equal(loop_new(&scene->loop), 0);
+	assert_int_equal(executor_new(scene->loop, &scene->executor), 0);
+	assert_int_equal(kind_host_new(&scene->kind), 0);
+	assert_int_equal(pool_new(scene->loop, scene->executor, scene->kind, 16 * UNIT, UNIT, &scene->pool), 0);
+	assert_int_equal(tenant_new(scene->pool, "a", 10 * UNIT, &scene->tenants[0]), 0);
+	assert_int_equal(tenant_new(scene->pool, "b", 10 * UNIT, &scene->tenants[1]), 0);
+	scene->tenant_count = 2;
+	assert_int_equal(reclaim_init(&scene->reclaim, scene->loop, scene->pool, scene->tenants, &scene->tenant_count,
+				 WAIT_NS, &ops, scene),
+		0);
+	for (unsigned i = 0; i < 2; i++)
+		scene->tenants[i]->reclaim = &scene->reclaim;
+	assert_int_equal(loop_timer_new(scene->loop, stop_loop, scene->loop, &scene->stop), 0);
+}
+
+static void close_scene(struct scene *scene)
+{
+	scene->stop = loop_timer_free(scene->stop);
+	reclaim_deinit(&scene->reclaim);
+	(void)executor_free(scene->executor);
+	(void)pool_free(scene->pool);
+	for (unsigned i = 0; i < 2; i++) {
+		assert_int_equal(scene->tenants[i]->offered, 0);
+		assert_int_equal(scene->tenants[i]->offer_count, 0);
+		(void)tenant_free(scene->tenants[i]);
+	}
+	(void)kind_free(scene->kind);
+	(void)loop_free(scene->loop);
+}
+
+/* Rounds of the loop until `ns` have passed, one at least. */
+static void run_loop(struct scene *scene, uint64_t ns)
+{
+	loop_timer_set(scene->stop, ns);
+	assert_int_equal(loop_run(scene->loop), 0);
+}
+
+static void charge(struct scene *scene, unsigned tenant, uint64_t units)
+{
+	assert_int_equal(quota_charge(&scene->tenants[tenant]->quota, units * UNIT, 0, "test", scene->text), 0);
+	reclaim_check(scene->tenants[tenant]);
+}
+
+static void refund(struct scene *scene, unsigned tenant, uint64_t units)
+{
+	quota_refund(&scene->tenants[tenant]->quota, units * UNIT);
+}
+
+static int begin_thing(struct reclaimable *reclaimable)
+{
+	struct thing *thing = list_entry(reclaimable, struct thing, reclaimable);
+
+	if (thing->refuses)
+		return -ENOSPC;
+	reclaim_withdraw(reclaimable);
+	thing->order = ++*thing->begun;
+	return 0;
+}
+
+static void offer(struct scene *scene, unsigned tenant, enum reclaim_kind kind, struct thing *thing, uint64_t units,
+	unsigned *begun)
+{
+	*thing = (struct thing){.reclaimable = {.bytes = units * UNIT, .begin = begin_thing}, .begun = begun};
+	list_init(&thing->reclaimable.node);
+	reclaim_offer(scene->tenants[tenant], kind, &thing->reclaimable);
+}
+
+/* It has gone to the host. */
+static void end_thing(struct scene *scene, struct thing *thing)
+{
+	quota_refund(&thing->reclaimable.tenant->quota, thing->reclaimable.bytes);
+	reclaim_progress(thing->reclaimable.tenant, thing->reclaimable.bytes);
+	(void)scene;
+}
+
+static void try_again(struct memory_wait *wait)
+{
+	struct waiter *waiter = list_entry(wait, struct waiter, wait);
+	struct tenant *tenant = wait->tenant;
+
+	waiter->asked++;
+	if (quota_charge(&tenant->quota, waiter->bytes, 0, "the waiter", waiter->text) >= 0)
+		waiter->granted = true;
+	else if (!wait->expired && reclaim_want(tenant, waiter->bytes))
+		reclaim_wait(tenant, wait);
+	else
+		waiter->refused = true;
+}
+
+/* Asks for memory as a request does. */
+static void ask(struct scene *scene, unsigned tenant, uint64_t units, struct waiter *waiter)
+{
+	*waiter = (struct waiter){.bytes = units * UNIT, .wait = {.again = try_again}};
+	list_init(&waiter->wait.node);
+	waiter->wait.tenant = scene->tenants[tenant];
+	try_again(&waiter->wait);
+}
+
+static void test_contexts_go_first_oldest_first_and_no_more_than_lacks(void **state)
+{
+	struct scene scene;
+	struct thing sequence, old, young, last;
+	struct waiter waiter;
+	unsigned begun = 0;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 10);
+	offer(&scene, 0, RECLAIM_SEQUENCE, &sequence, 2, &begun);
+	offer(&scene, 0, RECLAIM_CONTEXT, &old, 1, &begun);
+	offer(&scene, 0, RECLAIM_CONTEXT, &young, 1, &begun);
+	offer(&scene, 0, RECLAIM_SEQUENCE, &last, 2, &begun);
+	assert_int_equal(scene.tenants[0]->offered, 6 * UNIT);
+	ask(&scene, 0, 4, &waiter);
+	assert_int_equal(old.order, 1);
+	assert_int_equal(young.order, 2);
+	assert_int_equal(sequence.order, 3);
+	assert_int_equal(last.order, 0);
+	assert_false(waiter.granted || waiter.refused);
+	end_thing(&scene, &old);
+	run_loop(&scene, 1);
+	assert_false(waiter.granted || waiter.refused);
+	end_thing(&scene, &young);
+	end_thing(&scene, &sequence);
+	run_loop(&scene, 1);
+	assert_true(waiter.granted);
+	assert_int_equal(last.order, 0);
+	reclaim_withdraw(&last.reclaimable);
+	reclaim_withdraw(&last.reclaimable);
+	refund(&scene, 0, 10);
+	close_scene(&scene);
+}
+
+static void test_nothing_on_its_way_is_a_refusal_at_once(void **state)
+{
+	struct scene scene;
+	struct waiter waiter;
+	struct thing stuck;
+	unsigned begun = 0;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 10);
+	ask(&scene, 0, 1, &waiter);
+	assert_true(waiter.refused);
+	assert_int_equal(waiter.asked, 1);
+	offer(&scene, 0, RECLAIM_SEQUENCE, &stuck, 4, &begun);
+	stuck.refuses = true;
+	ask(&scene, 0, 1, &waiter);
+	assert_true(waiter.refused);
+	scene.text[0] = '\0';
+	reclaim_explain(scene.tenants[0], scene.text, sizeof(scene.text));
+	assert_string_equal(scene.text, "; in use 384.0 KiB, idle 256.0 KiB (no room for it on the host)");
+	assert_false(list_empty(&stuck.reclaimable.node));
+	reclaim_withdraw(&stuck.reclaimable);
+	ask(&scene, 0, 11, &waiter); /* more than max ever has */
+	assert_true(waiter.refused);
+	refund(&scene, 0, 10);
+	close_scene(&scene);
+}
+
+static void test_waits_for_what_is_not_yet_unmapped(void **state)
+{
+	struct scene scene;
+	struct waiter first, second;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 10);
+	quota_unreturned_add(&scene.tenants[0]->quota, 2 * UNIT);
+	ask(&scene, 0, 2, &first);
+	ask(&scene, 0, 1, &second);
+	assert_false(first.granted || first.refused || second.granted || second.refused);
+	run_loop(&scene, 1);
+	assert_int_equal(scene.pressure[0], 1);
+	assert_int_equal(scene.pressure[1], 0);
+	quota_unreturned_sub(&scene.tenants[0]->quota, 2 * UNIT);
+	refund(&scene, 0, 2);
+	run_loop(&scene, 1);
+	assert_true(first.granted); /* who came first */
+	assert_true(second.refused);
+	run_loop(&scene, 1);
+	assert_int_equal(scene.pressure[0], 0);
+	refund(&scene, 0, 10);
+	close_scene(&scene);
+}
+
+static void test_no_request_waits_for_ever(void **state)
+{
+	struct scene scene;
+	struct waiter waiter;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 10);
+	quota_unreturned_add(&scene.tenants[0]->quota, UNIT);
+	ask(&scene, 0, 1, &waiter);
+	assert_false(waiter.refused);
+	run_loop(&scene, WAIT_NS + WAIT_NS / 2);
+	assert_true(waiter.refused && waiter.wait.expired);
+	quota_unreturned_sub(&scene.tenants[0]->quota, UNIT);
+	refund(&scene, 0, 10);
+	close_scene(&scene);
+}
+
+static void test_a_full_pool_takes_from_others_what_is_above_their_min(void **state)
+{
+	struct scene scene;
+	struct waiter waiter;
+	struct thing others;
+	unsigned begun = 0;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 6);
+	charge(&scene, 1, 10);
+	offer(&scene, 1, RECLAIM_SEQUENCE, &others, 4, &begun);
+	ask(&scene, 0, 2, &waiter);
+	assert_int_equal(others.order, 1);
+	end_thing(&scene, &others);
+	run_loop(&scene, 1);
+	assert_true(waiter.granted);
+	refund(&scene, 0, 8);
+	assert_int_equal(quota_set(&scene.tenants[1]->quota, 6 * UNIT, 0, 10 * UNIT, scene.text), 0);
+	charge(&scene, 0, 10);
+	offer(&scene, 1, RECLAIM_SEQUENCE, &others, 6, &begun);
+	ask(&scene, 1, 1, &waiter); /* its own, when it is the one who wants more */
+	assert_int_equal(others.order, 2);
+	end_thing(&scene, &others);
+	run_loop(&scene, 1);
+	assert_true(waiter.granted);
+	offer(&scene, 1, RECLAIM_SEQUENCE, &others, 1, &begun);
+	refund(&scene, 0, 1);
+	ask(&scene, 0, 1, &waiter); /* within max, and the pool has it */
+	assert_true(waiter.granted);
+	reclaim_withdraw(&others.reclaimable);
+	refund(&scene, 0, 10);
+	refund(&scene, 1, 1);
+	close_scene(&scene);
+}
+
+static void test_above_high_the_background_reclaims_and_workers_are_told(void **state)
+{
+	struct scene scene;
+	struct thing one, two;
+	unsigned begun = 0;
+
+	(void)state;
+	open_scene(&scene);
+	assert_int_equal(quota_set(&scene.tenants[0]->quota, 0, 4 * UNIT, 10 * UNIT, scene.text), 0);
+	offer(&scene, 0, RECLAIM_SEQUENCE, &one, 2, &begun);
+	offer(&scene, 0, RECLAIM_SEQUENCE, &two, 2, &begun);
+	charge(&scene, 0, 4);
+	run_loop(&scene, 1);
+	assert_int_equal(begun, 0);
+	assert_int_equal(scene.told[0], 0);
+	charge(&scene, 0, 2);
+	run_loop(&scene, 1);
+	assert_int_equal(begun, 1);
+	assert_int_equal(scene.pressure[0], 1);
+	end_thing(&scene, &one);
+	run_loop(&scene, 1);
+	assert_int_equal(scene.pressure[0], 0);
+	assert_int_equal(two.order, 0);
+	charge(&scene, 0, 6); /* up to max is granted all the same */
+	run_loop(&scene, 1);
+	assert_int_equal(two.order, 2);
+	assert_int_equal(scene.told[0], 2);
+	end_thing(&scene, &two);
+	run_loop(&scene, 1);
+	assert_int_equal(scene.pressure[0], 1); /* still above */
+	refund(&scene, 0, 4);
+	run_loop(&scene, 1);
+	assert_int_equal(scene.pressure[0], 0);
+	refund(&scene, 0, 4);
+	close_scene(&scene);
+}
+
+static void test_begin_counts_by_kind(void **state)
+{
+	struct scene scene;
+	struct thing things[3];
+	uint32_t counts[RECLAIM_KINDS] = {0};
+	unsigned begun = 0;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 6);
+	offer(&scene, 0, RECLAIM_SEQUENCE, &things[0], 2, &begun);
+	offer(&scene, 0, RECLAIM_CONTEXT, &things[1], 2, &begun);
+	offer(&scene, 0, RECLAIM_SEQUENCE, &things[2], 2, &begun);
+	assert_int_equal(reclaim_begin(scene.tenants[0], UINT64_MAX, counts), 6 * UNIT);
+	assert_int_equal(counts[RECLAIM_CONTEXT], 1);
+	assert_int_equal(counts[RECLAIM_SEQUENCE], 2);
+	for (unsigned i = 0; i < 3; i++)
+		end_thing(&scene, &things[i]);
+	close_scene(&scene);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_contexts_go_first_oldest_first_and_no_more_than_lacks),
+		cmocka_unit_test(test_nothing_on_its_way_is_a_refusal_at_once),
+		cmocka_unit_test(test_waits_for_what_is_not_yet_unmapped),
+		cmocka_unit_test(test_no_request_waits_for_ever),
+		cmocka_unit_test(test_a_full_pool_takes_from_others_what_is_above_their_min),
+		cmocka_unit_test(test_above_high_the_background_reclaims_and_workers_are_told),
+		cmocka_unit_test(test_begin_counts_by_kind),
+	};
+
+	return runner_run("reclaim", tests, sizeof(tests) / sizeof(tests[0]));
+}
