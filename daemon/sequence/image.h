@@ -40,6 +40,7 @@ struct image {
 	uint64_t copied, placed; /* blocks whose halves, and whose places, are through */
 	struct image_walk walk;
 	struct host_cursor cursor;
+	uint32_t window; /* of ids whose memory was mapped last, on the host kind; UINT32_MAX: none */
 	struct turn turn;
 };
 

@@ -2,6 +2,7 @@
 #include "tools/bench/churn.h"
 #include "tools/bench/insitu.h"
 #include "tools/bench/ipc.h"
+#include "tools/bench/tier.h"
 
 #include <cblas.h>
 #include <stdio.h>
@@ -19,6 +20,7 @@ static const struct command commands[] = {
 	{"check-prefill", "FILE", "prefill eviction against the masks in FILE", bench_check_prefill},
 	{"check-decode", "FILE", "decode eviction against the held positions in FILE", bench_check_decode},
 	{"ipc", "--socket S [--json]", "round trips through the rings, with 10 and 10,000 idle sequences", bench_ipc},
+	{"tier", "[--size S] ...", "offload to the host tier and back, next to copies of as many bytes", bench_tier},
 	{"gpu", "[--json F] [--only P]", "the kernels of the kind cuda, next to the machine's floor and to rivals",
 		bench_gpu},
 	{"churn", "[--kind K] ...", "workers of three tenants at random at 95% of a pool, every byte checked",
