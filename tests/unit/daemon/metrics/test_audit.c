@@ -30,7 +30,7 @@ static int setup(void **state)
 
 	if (!scene)
 		return -1;
-	scene->fixture = fixture_new(&(struct fixture_options){.extent_size = 16 << 10});
+	scene->fixture = fixture_new(&(struct fixture_options){.extent_size = 16 << 10, .host_size = 4 << 20});
 	scene->models[0] = model_new(scene->fixture, &evicted, SCORES_RANDOM);
 	model_prefill(scene->models[0]);
 	assert_int_equal(model_append(scene->models[0], 100), 0);
@@ -342,6 +342,38 @@ static void test_many_differences(void **state)
 	fixture_audit(scene->fixture);
 }
 
+/* Frames, their chains, and what sequences say of them. */
+static void test_host_tier(void **state)
+{
+	struct scene *scene = *state;
+	const struct pool *pool = scene->fixture->pool;
+	struct meta_seq *seqs = scene->fixture->space->part.seqs;
+	struct meta_seq *seq = &seqs[(uint32_t)scene->models[1]->handle];
+	struct kvg_sqe sqe = {.op = KVG_OP_OFFLOAD, .seq = scene->models[1]->handle};
+	struct meta_frame *frames = pool->meta->frames;
+	struct audit audit;
+
+	assert_int_equal(fixture_call(scene->fixture, &sqe), 0);
+	run_audit(scene, fixture_physical, &audit);
+	assert_int_equal(audit.rows[0].host_counted, seq->image_bytes);
+	assert_int_equal(audit.rows[0].host_charged, seq->image_bytes);
+	audit_deinit(&audit);
+	assert_true(seq->image_bytes >= (uint64_t)2 * pool->meta->header->frame_size);
+	plant_u32(scene, &seq->image, 0, "nothing refers to it");
+	plant_u32(scene, &seq->image, pool->meta->header->frame_count, "is not its tenant's");
+	plant_u32(scene, &seq->image, UINT32_MAX, "is not its tenant's");
+	plant_u64(scene, &seq->image_bytes, seq->image_bytes + 1, "bytes of its image counted");
+	plant_u64(scene, &seq->blocks, 8, "blocks counted 0");
+	plant_u32(scene, &frames[seq->image - 1].tenant, 0, "is not its tenant's");
+	plant_u32(scene, &frames[seq->image - 1].next, seq->image, "is another object's, too");
+	plant_u32(scene, &frames[seq->image - 1].next, 0, "bytes of its image counted 65536");
+	plant_u32(scene, &frames[pool->meta->header->frame_count - 1].tenant, 1, "nothing refers to it");
+	plant_u32(scene, &seqs[(uint32_t)scene->models[0]->handle].image, seq->image, "is another object's, too");
+	plant_u32(scene, &seqs[(uint32_t)scene->models[0]->handle].image, seq->image, "is resident and has an image");
+	plant_u64(scene, &pool->meta->tenants[0].host.charged, 1, "test: bytes charged on the host counted");
+	plant_u64(scene, &pool->meta->header->host.charged, 1, "host: bytes charged counted");
+}
+
 static void test_not_the_metadata(void **state)
 {
 	struct audit audit;
@@ -368,6 +400,7 @@ int main(void)
 		AUDIT_TEST(test_extents),
 		AUDIT_TEST(test_physical_memory),
 		AUDIT_TEST(test_many_differences),
+		AUDIT_TEST(test_host_tier),
 		cmocka_unit_test(test_not_the_metadata),
 	};
 
