@@ -1,5 +1,6 @@
 /* Sequences that go to the host and come back, with a real daemon and workers that are killed meanwhile. */
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -151,6 +152,115 @@ static void test_no_room_on_the_host(void **state)
 	stage_close(&s);
 }
 
+/* Releases its sequence, gives back what it is asked for, and takes the sequence up again when it is told. */
+static int idler(int fd, void *socket)
+{
+	struct kvg_policy policy = {.ratio = 1, .mode = KVG_MODE_OFF, .context_tokens = 2000};
+	struct kvg_layout layout;
+	struct kvg_client *client;
+	struct kv kv;
+
+	kv_small_layout(&layout, 4, 4096);
+	client = kv_connect(socket, "idler", &layout);
+	must(client, "connect");
+	must(kv_create(&kv, client, &layout, &policy, 7) == 0, kvg_error(client));
+	must(kv_feed(&kv, 1500, 1) == 0, "feed");
+	must(kvg_idle(client, kv.id) == 0, kvg_error(client));
+	process_say(fd, 'r');
+	for (;;) {
+		struct pollfd fds[] = {{.fd = fd, .events = POLLIN}, {.fd = kvg_fd(client), .events = POLLIN}};
+
+		must(poll(fds, 2, -1) > 0, "poll");
+		must(kvg_process(client) >= 0, kvg_error(client));
+		if (fds[0].revents)
+			break;
+	}
+	must(process_listen(fd) == 'g', "the test ends too soon");
+	must(kvg_restore(client, kv.id) == 0, kvg_error(client));
+	must(kv_check(&kv) == 0, "content");
+	must(kv_feed(&kv, 300, 2) == 0, "feed");
+	must(kv_check(&kv) == 0, "content");
+	must(kv_free(&kv) == 0, "free");
+	process_say(fd, 'd');
+	(void)process_listen(fd);
+	(void)kvg_close(client);
+	return 0;
+}
+
+/* Another tenant needs the whole pool: what is idle goes to the host, and its worker finds it as it was. */
+static void test_an_idle_sequence_makes_room(void **state)
+{
+	struct fixture_usage usage;
+	struct process process;
+	struct stage s;
+	struct kv other;
+
+	(void)state;
+	stage_open(&s);
+	process_fork(&process, idler, s.search_path);
+	assert_int_equal(process_hear(&process), 'r');
+	fixture_tenant(&s.fixture, "search", &usage);
+	assert_true(usage.charged > 2 * MIB);
+	assert_int_equal(create_plain(&s, s.chat, &other, 3000), 0);
+	assert_int_equal(kv_feed(&other, 3000, 2), 0);
+	fixture_tenant(&s.fixture, "search", &usage);
+	assert_int_equal(usage.charged + usage.promised, 0);
+	assert_true(usage.host_charged > 2 * MIB);
+	fixture_audit(&s.fixture);
+	assert_int_equal(kv_check(&other), 0);
+	assert_int_equal(kv_free(&other), 0);
+	assert_int_equal(kvg_return_memory(s.chat), 0);
+	process_tell(&process, 'g');
+	assert_int_equal(process_hear(&process), 'd');
+	process_finish(&process);
+	stage_close(&s);
+}
+
+/* kvgatectl COMMAND of a sequence; the exit status. */
+static int control(const struct stage *s, const char *command, const struct kv *kv, struct process_output *ret)
+{
+	char socket[FIXTURE_PATH], worker[32], seq[32];
+	const char *argv[] = {KVG_BIN_CTL, "--socket", fixture_path(&s->fixture, "state/admin.sock", socket), command,
+		worker, seq, NULL};
+
+	(void)snprintf(worker, sizeof(worker), "%u", 1u);
+	(void)snprintf(seq, sizeof(seq), "%u:%u", (unsigned)(kv->id >> 32), (unsigned)kv->id);
+	process_run(argv, FIXTURE_WAIT_MS, ret);
+	return ret->status;
+}
+
+static void test_the_operator_moves_what_is_idle(void **state)
+{
+	struct process_output output;
+	struct fixture_usage usage;
+	struct stage s;
+	struct kv kv;
+
+	(void)state;
+	stage_open(&s);
+	assert_int_equal(create_plain(&s, s.search, &kv, 1500), 0);
+	assert_int_equal(kv_feed(&kv, 1000, 1), 0);
+	assert_int_not_equal(control(&s, "offload", &kv, &output), 0);
+	if (!strstr(output.err, "has not released it"))
+		fail_msg("%s", output.err);
+	assert_int_equal(kvg_idle(s.search, kv.id), 0);
+	if (control(&s, "offload", &kv, &output) != 0)
+		fail_msg("%s", output.err);
+	assert_int_equal(kvg_return_memory(s.search), 0);
+	fixture_tenant(&s.fixture, "search", &usage);
+	assert_int_equal(usage.charged, 0);
+	assert_true(usage.host_charged > 0);
+	fixture_audit(&s.fixture);
+	if (control(&s, "restore", &kv, &output) != 0)
+		fail_msg("%s", output.err);
+	fixture_tenant(&s.fixture, "search", &usage);
+	assert_int_equal(usage.host_charged, 0);
+	assert_int_equal(kvg_restore(s.search, kv.id), 0);
+	assert_int_equal(kv_check(&kv), 0);
+	assert_int_equal(kv_free(&kv), 0);
+	stage_close(&s);
+}
+
 /* Sends what it has there and back, for ever. */
 static int victim(int fd, void *socket)
 {
@@ -204,6 +314,8 @@ int main(void)
 	static const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_device_memory_is_others_meanwhile),
 		cmocka_unit_test(test_no_room_on_the_host),
+		cmocka_unit_test(test_an_idle_sequence_makes_room),
+		cmocka_unit_test(test_the_operator_moves_what_is_idle),
 		cmocka_unit_test(test_a_worker_killed_while_it_moves),
 	};
 
