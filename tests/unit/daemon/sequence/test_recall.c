@@ -725,6 +725,69 @@ static void test_little_device_memory(void **state)
 	fixture_free(fixture);
 }
 
+static void on_pressure(void *user, struct tenant *tenant, bool on)
+{
+	(void)user;
+	(void)tenant;
+	(void)on;
+}
+
+/* Memory is on its way: the recall waits for it, and an eviction of the same worker does not wait for the recall. */
+static void test_waits_for_memory(void **state)
+{
+	static const struct reclaim_ops ops = {.pressure = on_pressure};
+	static const size_t one = 1;
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = HOST, .extent_size = 16 << 10});
+	struct kvg_policy policy = chunked, plain = {.ratio = 1.0, .context_tokens = 1500};
+	struct quota_account *account = fixture->tenant->quota.account;
+	struct model *model, *whole, *idle, *other;
+	struct call *waiting, *evict;
+	struct reclaim reclaim;
+	uint64_t came;
+
+	(void)state;
+	assert_int_equal(
+		reclaim_init(&reclaim, fixture->loop, fixture->pool, &fixture->tenant, &one, 10000000000u, &ops, NULL),
+		0);
+	fixture->tenant->reclaim = &reclaim;
+	policy.max_new_tokens = 0;
+	whole = read_prompt(fixture, &policy, 0.9, SCORES_RANDOM, false);
+	model = read_prompt(fixture, &policy, 0.1, SCORES_RANDOM, false);
+	came = take_over(model, whole);
+	model_release(whole);
+	other = model_new(fixture, &policy, SCORES_TIES);
+	assert_int_equal(model_append(other, 200), 0);
+	idle = model_new(fixture, &plain, SCORES_RANDOM);
+	assert_int_equal(model_append(idle, 1500), 0);
+	assert_int_equal(fixture_call(fixture, &(struct kvg_sqe){.op = KVG_OP_IDLE, .seq = idle->handle}), 0);
+	account->max = account->charged + account->promised;
+	waiting = fixture_start(fixture, &(struct kvg_sqe){.op = KVG_OP_RECALL,
+						 .seq = model->handle,
+						 .generation = fixture_generation(fixture, model->handle),
+						 .recall.ratio = 0.9});
+	evict = fixture_start(fixture, &(struct kvg_sqe){.op = KVG_OP_EVICT, .seq = other->handle});
+	(void)model_predict(other, KVG_EVICT_PREFILL);
+	fixture_wait(fixture, evict);
+	assert_int_equal(evict->request.cqe.status, 0);
+	assert_false(waiting->done);
+	while (!waiting->done) {
+		fixture_acknowledge(fixture);
+		fixture_turn(fixture);
+	}
+	assert_int_equal(waiting->request.cqe.status, 0);
+	fixture->cqe = waiting->request.cqe;
+	check_recall(model, came);
+	model_check(other);
+	assert_int_equal(fixture->space->table.slots[(uint32_t)idle->handle].flags, KVG_SLOT_OFFLOADED | KVG_SLOT_IDLE);
+	fixture_acknowledge(fixture);
+	model_release(model);
+	model_release(other);
+	model_release(idle);
+	fixture->tenant->reclaim = NULL;
+	reclaim_deinit(&reclaim);
+	fixture_free(fixture);
+}
+
 /* What was admitted is there after a recall, too: the tokens that are still to come have their room. */
 static void test_promise_holds(void **state)
 {
@@ -862,6 +925,7 @@ int main(void)
 		cmocka_unit_test(test_budget),
 		cmocka_unit_test(test_little_host_memory),
 		cmocka_unit_test(test_little_device_memory),
+		cmocka_unit_test(test_waits_for_memory),
 		cmocka_unit_test(test_promise_holds),
 		cmocka_unit_test(test_frames_go_with_their_sequence),
 		cmocka_unit_test(test_death_on_the_way),
