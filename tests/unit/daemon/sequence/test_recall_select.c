@@ -1,4 +1,7 @@
-/* Against the golden masks: evicted at 0.1, then recalled to what the file has masks of, in all of its chunks. */
+/*
+ * Which pairs come back: exactly those that an eviction at the other ratio, or budget, would have kept; by the naive
+ * oracle, and by the golden masks.
+ */
 #include "daemon/sequence/recall.h"
 
 #include <stdio.h>
@@ -6,7 +9,256 @@
 #include <string.h>
 
 #include "proto/safetensors.h"
-#include "tests/support/space_fixture.h"
+#include "tests/support/recall_model.h"
+
+static bool is_part(const struct model *part, const struct model *whole)
+{
+	for (size_t i = 0; i < (size_t)part->rows * part->max_tokens; i++)
+		if (part->held[i] && !whole->held[i])
+			return false;
+	return true;
+}
+
+/*
+ * Where the smaller ratio is less than the window, its window is smaller too, and the borders of its ranges lie
+ * elsewhere. A floor's pairs are then the best of other ranges.
+ */
+static bool is_monotone(const struct kvg_policy *policy, double low)
+{
+	return !policy->floor || policy->mode == KVG_MODE_ONCE || !policy->chunk_tokens ||
+	       low * policy->context_tokens >= policy->window;
+}
+
+/* recall(evict(x, low), high) is evict(x, high); where the method is not monotone, both. */
+static void compare(const struct kvg_policy *policy, double low, double high, enum score_pattern pattern, bool protect)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = RECALL_HOST});
+	struct model *whole = recall_read_prompt(fixture, policy, high, pattern, protect);
+	struct model *model = recall_read_prompt(fixture, policy, low, pattern, protect);
+	uint64_t before = model_pairs(model), came;
+
+	assert_true(is_part(model, whole) || !is_monotone(policy, low));
+	assert_int_equal(recall_retained(model), 505 * model->rows - before);
+	came = recall_take_over(model, whole);
+	if (recall_ratio(model, high) < 0)
+		fail_msg("%s", fixture->text);
+	recall_check(model, came);
+	assert_int_equal(recall_retained(model), 505 * model->rows - before - came);
+	assert_int_equal(fixture_generation(fixture, model->handle),
+		fixture_generation(fixture, whole->handle) + (high == 1.0 ? 3 : 0) + (came ? 1 : 0));
+	model_release(whole);
+	model_release(model);
+	fixture_free(fixture);
+}
+
+static void compare_ratios(const struct kvg_policy *policy, enum score_pattern pattern)
+{
+	static const double pairs[][2] = {{0.1, 0.3}, {0.05, 0.3}, {0.3, 0.5}, {0.05, 0.06}};
+
+	for (size_t i = 0; i < sizeof(pairs) / sizeof(pairs[0]); i++)
+		compare(policy, pairs[i][0], pairs[i][1], pattern, i % 2);
+}
+
+static void every_level_and_pattern(struct kvg_policy policy)
+{
+	for (unsigned level = 0; level <= KVG_LEVEL_ADAKV_LAYER; level++) {
+		for (int pattern = 0; pattern < SCORES_PATTERNS; pattern++) {
+			policy.level = (uint8_t)level;
+			policy.floor = 0;
+			compare_ratios(&policy, (enum score_pattern)pattern);
+			policy.floor = 8;
+			compare_ratios(&policy, (enum score_pattern)pattern);
+		}
+	}
+}
+
+static void test_one_range(void **state)
+{
+	struct kvg_policy policy = recall_policy;
+
+	(void)state;
+	policy.chunk_tokens = 0;
+	policy.flags &= (uint16_t)~KVG_POLICY_WINDOW_ABSOLUTE;
+	every_level_and_pattern(policy);
+}
+
+/* Ranges are decided one by one, with the borders that they have at the greater ratio. */
+static void test_several_ranges(void **state)
+{
+	(void)state;
+	every_level_and_pattern(recall_policy);
+}
+
+static void test_once(void **state)
+{
+	struct kvg_policy policy = recall_policy;
+
+	(void)state;
+	policy.mode = KVG_MODE_ONCE;
+	every_level_and_pattern(policy);
+}
+
+static void test_everything_comes_back(void **state)
+{
+	(void)state;
+	for (int pattern = 0; pattern < SCORES_PATTERNS; pattern++) {
+		struct kvg_policy policy = recall_policy;
+		struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = RECALL_HOST});
+		struct model *whole = recall_read_prompt(fixture, &policy, 1.0, (enum score_pattern)pattern, false);
+		struct model *model = recall_read_prompt(fixture, &policy, 0.1, (enum score_pattern)pattern, false);
+		uint64_t came = recall_take_over(model, whole);
+
+		assert_int_equal(recall_ratio(model, 1.0), 0);
+		recall_check(model, came);
+		assert_int_equal(recall_retained(model), 0);
+		assert_int_equal(fixture->tenant->host.account->charged, 0);
+		assert_int_equal(recall_ratio(model, 1.0), 0); /* again: there is nothing */
+		assert_int_equal(fixture->cqe.value[1], 0);
+		model_release(whole);
+		model_release(model);
+		fixture_free(fixture);
+	}
+}
+
+/* Whatever way leads there. */
+static void test_step_by_step(void **state)
+{
+	static const double ratios[] = {0.15, 0.2, 0.5, 0.51, 0.9};
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = RECALL_HOST, .max_sequences = 16});
+	struct model *model = recall_read_prompt(fixture, &recall_policy, 0.05, SCORES_RANDOM, false);
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(ratios) / sizeof(ratios[0]); i++) {
+		struct model *whole = recall_read_prompt(fixture, &recall_policy, ratios[i], SCORES_RANDOM, false);
+		uint64_t came = recall_take_over(model, whole);
+
+		assert_true(came > 0);
+		assert_int_equal(recall_ratio(model, ratios[i]), 0);
+		recall_check(model, came);
+		assert_int_equal(recall_ratio(model, 0.05), 0); /* less than is held: nothing goes */
+		recall_check(model, 0);
+		model_release(whole);
+	}
+	model_release(model);
+	fixture_free(fixture);
+}
+
+/* A threshold's evictions know no ratio: what CHUNKED keeps comes back besides. */
+static void test_threshold(void **state)
+{
+	(void)state;
+	for (int pattern = 0; pattern < SCORES_PATTERNS; pattern++) {
+		struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = RECALL_HOST});
+		struct kvg_policy policy = recall_policy;
+		struct model *whole = recall_read_prompt(fixture, &policy, 0.4, (enum score_pattern)pattern, true),
+			     *model;
+		uint64_t came;
+
+		policy.mode = KVG_MODE_THRESHOLD;
+		policy.threshold = 0.85f;
+		model = recall_read_prompt(fixture, &policy, 0.1, (enum score_pattern)pattern, true);
+		came = recall_take_over(model, whole);
+		assert_int_equal(recall_ratio(model, 0.4), 0);
+		recall_check(model, came);
+		model_release(whole);
+		model_release(model);
+		fixture_free(fixture);
+	}
+}
+
+/*
+ * adakv-layer: the safe share of each head goes in steps of 5 pairs, so that with one pair more the others of a layer
+ * have fewer places. Pairs of both come then.
+ */
+static void test_adakv_is_not_monotone(void **state)
+{
+	struct fixture *fixture =
+		fixture_new(&(struct fixture_options){.host_size = RECALL_HOST, .layers = 1, .heads = 4});
+	struct kvg_policy policy = {.mode = KVG_MODE_CHUNKED,
+		.level = KVG_LEVEL_ADAKV_LAYER,
+		.flags = KVG_POLICY_WINDOW_ABSOLUTE | KVG_POLICY_RETAIN_HOST,
+		.context_tokens = 100};
+	struct model *whole = recall_read_prompt(fixture, &policy, 0.05, SCORES_ONE_ROW, false);
+	struct model *model = recall_read_prompt(fixture, &policy, 0.0499, SCORES_ONE_ROW, false);
+	uint64_t came;
+
+	(void)state;
+	assert_false(is_part(model, whole));
+	came = recall_take_over(model, whole);
+	assert_true(came > 0);
+	assert_int_equal(recall_ratio(model, 0.05), 0);
+	recall_check(model, came);
+	model_release(whole);
+	model_release(model);
+	fixture_free(fixture);
+}
+
+/*
+ * ONCE, where r n is less than the window: the window counts in the share and all but fills it. What is left of the
+ * share goes to other pairs, up to one for each row, and is less where r n is whole.
+ */
+static void test_once_is_not_monotone(void **state)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = RECALL_HOST});
+	struct kvg_policy policy = recall_policy;
+	struct model *whole, *model;
+	uint64_t came;
+
+	(void)state;
+	policy.mode = KVG_MODE_ONCE;
+	whole = recall_read_prompt(fixture, &policy, 0.052, SCORES_RANDOM, false);
+	model = recall_read_prompt(fixture, &policy, 0.0518, SCORES_RANDOM, false);
+	assert_false(is_part(model, whole));
+	came = recall_take_over(model, whole);
+	assert_int_equal(came, model->rows); /* the window is one position wider */
+	assert_int_equal(recall_ratio(model, 0.052), 0);
+	recall_check(model, came);
+	model_release(whole);
+	model_release(model);
+	fixture_free(fixture);
+}
+
+/* A budget event, then a greater budget: the pairs of an event with that. */
+static void compare_budgets(uint32_t floor, enum score_pattern pattern)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = RECALL_HOST});
+	struct kvg_policy policy = recall_policy;
+	struct model *whole, *model;
+	uint64_t came;
+
+	policy.floor = floor;
+	policy.budget = 300;
+	whole = recall_read_prompt(fixture, &policy, 1.0, pattern, true);
+	policy.budget = 170;
+	model = recall_read_prompt(fixture, &policy, 1.0, pattern, true);
+	assert_int_equal(model_append(whole, 50), 0);
+	assert_int_equal(model_append(model, 50), 0);
+	model_evict(whole, KVG_EVICT_DECODE);
+	model_evict(model, KVG_EVICT_DECODE);
+	assert_true(is_part(model, whole));
+	came = recall_take_over(model, whole);
+	assert_int_equal(recall_budget(model, 300), 0);
+	recall_check(model, came);
+	came = 555 * model->rows - model_pairs(model);
+	for (uint32_t row = 0; row < model->rows; row++)
+		memset(model->held + (size_t)row * model->max_tokens, 1, model->committed);
+	assert_int_equal(recall_budget(model, 4000), 0);
+	recall_check(model, came);
+	model_release(whole);
+	model_release(model);
+	fixture_free(fixture);
+}
+
+static void test_budget(void **state)
+{
+	(void)state;
+	for (int pattern = 0; pattern < SCORES_PATTERNS; pattern++) {
+		compare_budgets(0, (enum score_pattern)pattern);
+		compare_budgets(3, (enum score_pattern)pattern);
+	}
+}
+
+/* ---- golden masks: evicted at 0.1, recalled to what the file has masks of, in all of its chunks ---- */
 
 /* One mask, as its metadata says. */
 struct golden {
@@ -69,7 +321,7 @@ static void append(struct context *context, uint32_t begin, uint32_t end)
 	free(staged);
 }
 
-static struct context read_prompt(const struct kvg_safetensors *file, const struct golden *golden)
+static struct context read_golden_prompt(const struct kvg_safetensors *file, const struct golden *golden)
 {
 	struct context context = {.scores = kvg_safetensors_find(file, golden->scores)};
 	uint32_t total;
@@ -166,7 +418,7 @@ static void test_golden_masks(void **state)
 
 		if (golden.ratio != 0.1)
 			continue;
-		context = read_prompt(file, &golden);
+		context = read_golden_prompt(file, &golden);
 		check_mask(&context, find_mask(file, &golden, count, 0.1));
 		for (unsigned k = 0; k < 3; k++) {
 			struct kvg_sqe sqe = {.op = KVG_OP_RECALL, .seq = context.handle, .recall.ratio = ratios[k]};
@@ -187,6 +439,15 @@ static void test_golden_masks(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_one_range),
+		cmocka_unit_test(test_several_ranges),
+		cmocka_unit_test(test_once),
+		cmocka_unit_test(test_everything_comes_back),
+		cmocka_unit_test(test_step_by_step),
+		cmocka_unit_test(test_threshold),
+		cmocka_unit_test(test_adakv_is_not_monotone),
+		cmocka_unit_test(test_once_is_not_monotone),
+		cmocka_unit_test(test_budget),
 		cmocka_unit_test(test_golden_masks),
 	};
 

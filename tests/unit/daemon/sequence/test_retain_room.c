@@ -1,0 +1,130 @@
+/* Host memory of stores: as much as the tenant's budget has, and back with what it held. */
+#include "daemon/sequence/retain.h"
+
+#include <stdlib.h>
+
+#include "daemon/tier/host.h"
+#include "tests/support/recall_model.h"
+
+struct ranked {
+	float score;
+	size_t at;
+};
+
+static int best_first(const void *a, const void *b)
+{
+	const struct ranked *x = a, *y = b;
+
+	return x->score < y->score ? 1 : x->score > y->score ? -1 : (x->at > y->at) - (x->at < y->at);
+}
+
+/* Of what the model does not hold, the best `count`: that is what a store of that size must have. */
+static void check_best(const struct model *model, uint64_t count)
+{
+	struct ranked *list = calloc((size_t)model->rows * model->committed + 1, sizeof(*list));
+	const struct retain *retain = recall_store(model);
+	uint64_t n = 0;
+
+	assert_non_null(list);
+	for (uint32_t row = 0; row < model->rows; row++) {
+		for (uint32_t pos = 0; pos < model->committed; pos++) {
+			size_t at = (size_t)row * model->max_tokens + pos;
+
+			if (!model->held[at])
+				list[n++] = (struct ranked){model->scores[at], at};
+		}
+	}
+	qsort(list, n, sizeof(*list), best_first);
+	assert_int_equal(retain->count, count < n ? count : n);
+	for (uint64_t i = 0; i < retain->count; i++)
+		assert_true(retain_entry(retain, i)->score >= list[retain->count - 1].score);
+	free(list);
+}
+
+/* As much as the tenant's host budget has: the best of all that was dropped, from every eviction. */
+static void test_little_host_memory(void **state)
+{
+	(void)state;
+	for (unsigned frames = 0; frames <= 2; frames++) {
+		struct fixture *fixture = fixture_new(&(struct fixture_options){
+			.host_size = RECALL_HOST, .k_dim = 64, .v_dim = 64, .k_dtype = KVG_F32});
+		struct kvg_policy policy = recall_policy;
+		struct model *whole, *model;
+		uint64_t came = 0, each;
+
+		policy.budget = 60;
+		whole = recall_read_prompt(fixture, &policy, 0.6, SCORES_RANDOM, false);
+		fixture->tenant->host.account->max = fixture->tenant->host.account->charged + frames * HOST_FRAME;
+		model = recall_read_prompt(fixture, &policy, 0.1, SCORES_RANDOM, false);
+		for (unsigned i = 0; frames && i < 3; i++) {
+			assert_int_equal(model_append(model, 64), 0);
+			model_evict(model, KVG_EVICT_DECODE);
+		}
+		if (frames) {
+			each = recall_store(model)->form.per_frame;
+			assert_true(each > 100 && each < 300);
+			check_best(model, frames * each);
+			for (uint64_t i = 0; i < recall_store(model)->count; i++) {
+				const struct retain_entry *entry = retain_entry(recall_store(model), i);
+				size_t at = (size_t)entry->row * model->max_tokens + entry->pos;
+
+				came += whole->held[at] && entry->pos < 505;
+				model->held[at] |= whole->held[at] && entry->pos < 505;
+			}
+			model->fold = model->committed;
+		}
+		assert_int_equal(recall_ratio(model, 0.6), 0);
+		assert_int_equal(fixture->cqe.value[1], came);
+		assert_true(!frames || came > 0);
+		model_check(model);
+		model_release(whole);
+		model_release(model);
+		fixture_free(fixture);
+	}
+}
+
+static void test_frames_go_with_their_sequence(void **state)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = RECALL_HOST});
+	struct model *first = recall_read_prompt(fixture, &recall_policy, 0.1, SCORES_RANDOM, false);
+	struct model *second = recall_read_prompt(fixture, &recall_policy, 0.1, SCORES_TIES, false);
+	uint64_t charged = fixture->tenant->host.account->charged;
+
+	(void)state;
+	assert_int_equal(
+		charged, ((uint64_t)recall_store(first)->frame_count + recall_store(second)->frame_count) * HOST_FRAME);
+	model_release(first);
+	assert_int_equal(
+		fixture->tenant->host.account->charged, charged - recall_store(second)->frame_count * HOST_FRAME);
+	recall_check_store(second);
+	model_free(second);
+	fixture_kill(fixture); /* the worker dies with what it retains */
+	assert_int_equal(fixture->tenant->host.account->charged, 0);
+	fixture_free(fixture);
+}
+
+/* Without a host tier the flag means nothing, and nothing comes back. */
+static void test_without_a_tier(void **state)
+{
+	struct fixture *fixture = fixture_new(NULL);
+	struct model *model = recall_read_prompt(fixture, &recall_policy, 0.1, SCORES_RANDOM, false);
+
+	(void)state;
+	assert_null(recall_store(model));
+	assert_int_equal(recall_ratio(model, 0.9), 0);
+	assert_int_equal(fixture->cqe.value[1], 0);
+	model_check(model);
+	model_release(model);
+	fixture_free(fixture);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_little_host_memory),
+		cmocka_unit_test(test_frames_go_with_their_sequence),
+		cmocka_unit_test(test_without_a_tier),
+	};
+
+	return runner_run("retain_room", tests, sizeof(tests) / sizeof(tests[0]));
+}
