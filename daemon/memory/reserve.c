@@ -238,10 +238,14 @@ static void drop_unmade(struct reserve *reserve)
 	}
 }
 
-static void report(const struct reserve *reserve)
+/* Once until it is all there: a second later the same may be so. */
+static void report(struct reserve *reserve)
 {
 	char min[KVG_SIZE_TEXT], missing[KVG_SIZE_TEXT];
 
+	if (reserve->reported)
+		return;
+	reserve->reported = true;
 	log_error("%s: device.min %s: %s of it cannot be created: %s", reserve->quota->name,
 		kvg_size_format(reserve->quota->account->min, min),
 		kvg_size_format((target(reserve) - reserve->count) * (uint64_t)reserve->pool->extent_size, missing),
@@ -269,6 +273,7 @@ static void make_done(struct job *job)
 		loop_timer_set(pool->reserve_timer, RETRY_NS);
 	} else {
 		reserve->status = 0;
+		reserve->reported &= !reserve_is_settled(reserve);
 		reserve_settle(reserve);
 	}
 	if (pool->reserve_ended)

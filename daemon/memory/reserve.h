@@ -28,7 +28,8 @@ struct reserve {
 	struct list *next;
 	atomic_bool stop;
 	bool busy;
-	int status; /* of the last job: 0, or why memory could not be created */
+	int status;    /* of the last job: 0, or why memory could not be created */
+	bool reported; /* that it could not, and it has not been since */
 };
 
 /* For the tenant of that index in the metadata, once; its account has no min yet. */
@@ -39,7 +40,7 @@ void reserve_deinit(struct reserve *reserve);
 
 /*
  * Makes what is raw agree with the account, in the background: to be called when min was set. What cannot be created
- * is logged and tried again every second.
+ * is logged once and tried again every second.
  */
 void reserve_update(struct reserve *reserve);
 

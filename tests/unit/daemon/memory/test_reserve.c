@@ -419,6 +419,7 @@ static void test_failure(void **state)
 	set_min(f, 4 * EXTENT);
 	run_until(f, idle);
 	assert_int_equal(ended, 1);
+	assert_true(f->reserve.reported);
 	assert_int_equal(f->reserve.status, -ENOMEM);
 	assert_false(reserve_is_settled(&f->reserve));
 	check(f, 2, 0);
@@ -427,6 +428,7 @@ static void test_failure(void **state)
 	assert_false(f->reserve.busy);
 	run_until(f, settled);
 	assert_int_equal(f->reserve.status, 0);
+	assert_false(f->reserve.reported);
 	check(f, 4, 0);
 	assert_int_equal(ended, 2);
 }
