@@ -15,7 +15,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "daemon/memory/pool.h"
+#include "daemon/memory/reserve.h"
 #include "proto/frame.h"
 #include "tests/support/runner.h"
 
@@ -334,6 +334,55 @@ static void test_pool(void **state)
 	fixture_deinit(&f);
 }
 
+static void stop_loop(void *user)
+{
+	loop_stop(user);
+}
+
+static void wait_reserve(const struct fixture *f, const struct reserve *reserve)
+{
+	while (!reserve_is_settled(reserve))
+		assert_int_equal(loop_run(f->loop), 0);
+}
+
+/* Memory of a min that waited unmapped is zeroed when an extent is made of it, and is there anew when that goes. */
+static void test_memory_of_min(void **state)
+{
+	struct reserve reserve;
+	char text[QUOTA_TEXT];
+	struct fixture f;
+
+	(void)state;
+	fixture_init(&f);
+	f.pool->reserve_ended = stop_loop;
+	f.pool->reserve_user = f.loop;
+	reserve_init(&reserve, f.pool, &f.quota, 0);
+	assert_int_equal(quota_set(&f.quota, 12 * EXTENT, 0, 16 * EXTENT, text), 0);
+	reserve_update(&reserve);
+	wait_reserve(&f, &reserve);
+	assert_int_equal(reserve.count, 12);
+	f.pool->reserve_ended = NULL;
+	for (uint32_t round = 0; round < 2; round++) {
+		create(&f, 16);
+		assert_int_equal(f.status, 0);
+		assert_int_equal(reserve.count, 0);
+		for (const struct list *node = f.extents.next; node != &f.extents; node = node->next) {
+			uint8_t *at = f.arena->base + list_entry(node, struct extent, node)->meta->slot * EXTENT;
+
+			assert_zero(at, EXTENT);
+			put_pattern(at, EXTENT, round);
+		}
+		destroy(&f);
+		f.pool->reserve_ended = stop_loop;
+		wait_reserve(&f, &reserve);
+		f.pool->reserve_ended = NULL;
+		assert_int_equal(reserve.count, 12);
+	}
+	reserve_stop_all(f.pool);
+	fixture_deinit(&f);
+	reserve_deinit(&reserve);
+}
+
 /* ---- a lost device ---- */
 
 static const char fault_ptx[] = ".version 7.0\n"
@@ -529,6 +578,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(test_errors),
 		cmocka_unit_test(test_another_process_maps_it),
 		cmocka_unit_test(test_pool),
+		cmocka_unit_test(test_memory_of_min),
 		cmocka_unit_test(test_lost_device),
 		cmocka_unit_test(test_times),
 	};
