@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface
 
-from kvgate import Client, KvgateError, Policy
+from kvgate import Client, ContextInfo, KvgateError, Policy
 
 from .cache import NO_BEAMS, KvgateCache
 from .geometry import attention_modules, check_gate, geometry_of
@@ -284,13 +286,58 @@ class Attachment:
         inputs: the prompts (a tokenizer's output, an attention mask or token ids [B][T], or a list of lengths): needed
         when they are fed in chunks, so that the daemon can promise the whole. max_new_tokens: all tokens after them,
         later turns of a conversation included. Other arguments are Policy's: level, window, budget, mode, floor,
-        threshold.
+        threshold, retain.
         """
+        return KvgateCache(self, self._rules(ratio, chunk, policy), prefix_tokens, max_new_tokens, _lengths(inputs))
+
+    def _rules(self, ratio: float, chunk: int, policy: dict[str, Any]) -> Policy:
         self.free_orphans()
         rules = Policy(ratio=ratio, chunk_tokens=chunk, **policy)
         if (ratio < 1 or rules.budget or rules.mode == "threshold") and not self.scores:
             raise ValueError("evicting needs scores: attach the model with gate= or scorer=")
-        return KvgateCache(self, rules, prefix_tokens, max_new_tokens, _lengths(inputs))
+        return rules
+
+    # ---- contexts ----
+
+    def context_keys(self, rules: Policy, tokens: list[int]) -> list[bytes]:
+        """Keys of a context's tokens up to the end of each chunk. KvgateError: the model has sliding layers."""
+        if self.ring:
+            raise KvgateError(0, "contexts are not shared by models with sliding layers, whose KV is overwritten")
+        return self.client.context_keys(rules, tokens, rules.chunk_tokens)
+
+    def publish(self, cache: KvgateCache, tokens: Any) -> ContextInfo:
+        """Seals what a cache of one sequence holds: attach_context() finds it, in any process of the tenant.
+
+        tokens: the ids that the cache was fed so far, [T] or [1][T]. The cache goes on; what it holds now is evicted
+        no more.
+        """
+        return cache.publish(_token_list(tokens))
+
+    def attach_context(
+        self,
+        tokens: Any,
+        *,
+        ratio: float = 1.0,
+        chunk: int = _CHUNK,
+        prefix_tokens: int = 0,
+        max_new_tokens: int = 256,
+        **policy: Any,
+    ) -> KvgateCache:
+        """A cache that begins with what is published of a context, for model.generate(past_key_values=...).
+
+        tokens: the context's ids, [T] or [1][T]; the other arguments are cache()'s and must be those of the cache that
+        was published. The longest part that ends with a chunk, or all of it, is taken: cache.columns tokens.
+        generate() is given all ids, the context's too, and feeds what is behind those. KvgateError with ENOENT: no part
+        is published.
+        """
+        rules, numbers = self._rules(ratio, chunk, policy), _token_list(tokens)
+        keys = self.context_keys(replace(rules, prefix_tokens=prefix_tokens), numbers)
+        found = self.client.find_longest(keys)
+        if found is None:
+            raise KvgateError(errno.ENOENT, f"no part of the {len(numbers)} tokens is published with these arguments")
+        cache = KvgateCache(self, rules, 0, max_new_tokens, None)
+        cache.begin_with(keys[found[0]], found[1].tokens, len(numbers))
+        return cache
 
     def generate(
         self,
@@ -325,6 +372,16 @@ class Attachment:
                 max_new_tokens=max_new_tokens,
                 **options,
             )
+
+
+def _token_list(tokens: Any) -> list[int]:
+    """Token ids of one sequence, of a list or a tensor [T] or [1][T]."""
+    numbers: list[Any] = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
+    if numbers and isinstance(numbers[0], list):
+        if len(numbers) != 1:
+            raise ValueError(f"tokens: {len(numbers)} sequences, not one")
+        numbers = numbers[0]
+    return numbers
 
 
 def _lengths(inputs: Any) -> list[int] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvgate import KvgateError, Policy, Sequence, SequenceInfo
+from kvgate import ContextInfo, KvgateError, Policy, RecallResult, Sequence, SequenceInfo
 
 from .rows import EVENT_TOKENS, Row, row_policy
 from .scoring import Pending
@@ -120,6 +120,32 @@ class KvgateCache(Cache):
         for row in self._rows:
             row.finish()
             row.commit()
+
+    def offload(self) -> int:  # type: ignore[override]  # transformers offloads layers of caches of its own
+        """Sends the batch to the host's memory, between steps; the bytes that it takes there.
+
+        The next step or restore() brings it back, bit for bit. The sliding layers' KV stays where it is: it is small.
+        """
+        return sum(row.offload() for row in self._rows)
+
+    def restore(self) -> None:
+        """Brings it back, or ends its idleness. RefusedError: there is no room."""
+        for row in self._rows:
+            row.sequence.restore()
+
+    def idle(self) -> None:
+        """Nobody needs the batch for now: the daemon may send it to the host until the next step or restore()."""
+        for row in self._rows:
+            row.idle()
+
+    def recall(self, *, ratio: float | None = None, budget: int | None = None) -> list[RecallResult]:
+        """Brings pairs back that evictions dropped and the host kept, up to a ratio or a budget of tokens per head.
+
+        The cache was made with retain="host". Not between the events of a decode budget, while tokens wait for theirs.
+        """
+        if self._waiting:
+            raise KvgateError(0, "recall: a decode budget is set, and tokens wait for their event")
+        return [row.recall(ratio, budget) for row in self._rows]
 
     def free(self) -> None:
         """Gives all of its memory back to the daemon. The cache can be used again, from the start."""
@@ -279,6 +305,26 @@ class KvgateCache(Cache):
             self.free()
             raise
         self._begin_pending()
+
+    def publish(self, tokens: list[int]) -> ContextInfo:
+        """For Attachment.publish()."""
+        if len(self._rows) != 1:
+            raise ValueError(f"publish: the cache holds {len(self._rows)} sequences, not one")
+        row = self._rows[0]
+        if len(tokens) != row.length:
+            raise ValueError(f"publish: {len(tokens)} tokens, the cache holds {row.length}")
+        return row.publish(self._attachment.context_keys(row.policy, tokens)[-1])
+
+    def begin_with(self, key: bytes, shared: int, tokens: int) -> None:
+        """For Attachment.attach_context(): the one sequence begins with a context of `shared` of `tokens` tokens."""
+        policy = row_policy(self._policy, tokens - shared, 0, self._max_new_tokens)
+        row = Row(self._attachment.client.attach(key, policy), policy, tokens + self._max_new_tokens, shared=shared)
+        self._rows = [row]
+        row.length = row.committed = row.reserved = self.columns = shared
+        row.fold = row.sequence.state().fold_pos
+        self._prompt_seen = not row.in_prompt
+        self._begin_pending()
+        self._next_event = self._first_event(shared)
 
     def _prefixes(self, batch: int) -> list[int]:
         prefix = [self._prefix] * batch if isinstance(self._prefix, int) else self._prefix

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvgate import EvictResult, KvgateError, Policy, RefusedError, Sequence
+from kvgate import ContextInfo, EvictResult, KvgateError, Policy, RecallResult, RefusedError, Sequence
 
 STEP_TOKENS = 128  # tokens that a decoding sequence reserves at once
 EVENT_TOKENS = 128  # positions from one decode eviction to the next (method.md, section 3)
@@ -28,6 +28,7 @@ class Row:
     window: Sequence | None = None  # the ring
     reserving: int = 0  # tokens of a reserve that is under way
     result: EvictResult | None = None
+    shared: int = 0  # tokens of the context that it was attached to
 
     @property
     def slot(self) -> int:
@@ -35,8 +36,8 @@ class Row:
 
     @property
     def prompt(self) -> int:
-        """Tokens of the prompt, protected prefix included."""
-        return self.policy.prefix_tokens + self.policy.context_tokens
+        """Tokens of the prompt, a shared context and the protected prefix included."""
+        return self.shared + self.policy.prefix_tokens + self.policy.context_tokens
 
     @property
     def in_prompt(self) -> bool:
@@ -97,6 +98,37 @@ class Row:
     def _evicted(self, result: EvictResult) -> None:
         """An eviction that had nothing to do folds nothing: the daemon says where the sequence stands."""
         self.result, self.fold = result, self.sequence.state().fold_pos
+
+    # ---- what happens between steps: settled, and the next step reserves anew ----
+
+    def _settle(self) -> None:
+        self.finish()
+        self.commit()
+        self.reserved = self.committed
+
+    def offload(self) -> int:
+        """To the host; the next step, or restore(), brings it back. Bytes there."""
+        self._settle()
+        return self.sequence.offload()
+
+    def idle(self) -> None:
+        """The daemon may send it to the host until the next step or restore()."""
+        self._settle()
+        self.sequence.idle()
+
+    def recall(self, ratio: float | None, budget: int | None) -> RecallResult:
+        """Dropped pairs come back."""
+        self._settle()
+        result = self.sequence.recall(ratio, budget)
+        self.fold = self.sequence.state().fold_pos
+        return result
+
+    def publish(self, key: bytes) -> ContextInfo:
+        """Seals it under that key."""
+        self._settle()
+        info = self.sequence.publish(key)
+        self.fold = self.sequence.state().fold_pos
+        return info
 
     def free(self) -> None:
         """Gives everything back, whatever is under way. Harmless a second time."""
