@@ -19,18 +19,18 @@
 #define SETTLE_NS  1000000000ull
 
 enum rate {
-	RATE_STEPS,    /* steps a second */
-	RATE_RUNNABLE, /* tokens for each second that neither the worker nor the daemon waited for a CPU */
-	RATE_CPU,      /* tokens for each second of the worker's CPU time */
-	RATE_DAEMON,   /* tokens for each second of the daemon's CPU time (beside: of all its work) */
+	RATE_STEPS,  /* steps a second */
+	RATE_CPU,    /* tokens for each second of the worker's CPU time */
+	RATE_DAEMON, /* tokens for each second of the daemon's CPU time (beside: of all its work) */
 	RATE_COUNT,
 };
 
 static const char *const rate_names[RATE_COUNT] = {
-	"steps_per_second", "tokens_per_runnable_second", "tokens_per_cpu_second", "tokens_per_daemon_cpu_second"};
+	"steps_per_second", "tokens_per_cpu_second", "tokens_per_daemon_cpu_second"};
 
 struct spent {
-	double daemon_cpu, daemon_wait, children_cpu;
+	double daemon_cpu, daemon_wait, children_cpu, own_cpu;
+	double machine_cpu; /* all CPUs, whoever used them */
 };
 
 struct phase {
@@ -54,10 +54,31 @@ static void add_thread(const char *path, struct spent *ret)
 		(void)fclose(file);
 }
 
+static double seconds_of(int who)
+{
+	struct rusage usage;
+
+	assert_int_equal(getrusage(who, &usage), 0);
+	return (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+	       (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
+}
+
+static double machine_seconds(void)
+{
+	uint64_t user = 0, nice = 0, system = 0;
+	FILE *file = fopen("/proc/stat", "re");
+
+	assert_non_null(file);
+	assert_int_equal(fscanf(file, "cpu %" SCNu64 " %" SCNu64 " %" SCNu64, &user, &nice, &system), 3);
+	(void)fclose(file);
+	return (double)(user + nice + system) / (double)sysconf(_SC_CLK_TCK);
+}
+
 static struct spent spent_so_far(const struct war *war)
 {
-	struct spent spent = {0};
-	struct rusage usage;
+	struct spent spent = {.children_cpu = seconds_of(RUSAGE_CHILDREN),
+		.own_cpu = seconds_of(RUSAGE_SELF),
+		.machine_cpu = machine_seconds()};
 	struct dirent *entry;
 	char path[400];
 	DIR *dir;
@@ -72,9 +93,6 @@ static struct spent spent_so_far(const struct war *war)
 		add_thread(path, &spent);
 	}
 	(void)closedir(dir);
-	assert_int_equal(getrusage(RUSAGE_CHILDREN, &usage), 0);
-	spent.children_cpu = (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
-			     (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
 	return spent;
 }
 
@@ -110,7 +128,7 @@ static void run_phase(struct war *war, bool beside, struct phase *ret)
 {
 	const struct stress_seat *seat = &war->shared->seats[0];
 	struct spent before, after;
-	double tokens, waited;
+	double tokens, own;
 
 	*ret = (struct phase){0};
 	for (unsigned i = 1; beside && i < STRESS_TENANTS; i++)
@@ -126,11 +144,12 @@ static void run_phase(struct war *war, bool beside, struct phase *ret)
 	ret->wall = (double)seat->wall_ns / 1e9;
 	ret->worker_cpu = (double)seat->cpu_ns / 1e9;
 	ret->worker_wait = (double)seat->wait_ns / 1e9;
-	ret->spent = (struct spent){after.daemon_cpu - before.daemon_cpu, after.daemon_wait - before.daemon_wait,
-		after.children_cpu - before.children_cpu - ret->worker_cpu};
-	waited = ret->worker_wait + ret->spent.daemon_wait;
+	ret->spent = (struct spent){.daemon_cpu = after.daemon_cpu - before.daemon_cpu,
+		.daemon_wait = after.daemon_wait - before.daemon_wait,
+		.children_cpu = after.children_cpu - before.children_cpu - ret->worker_cpu};
+	own = ret->spent.daemon_cpu + ret->spent.children_cpu + ret->worker_cpu + after.own_cpu - before.own_cpu;
+	ret->spent.machine_cpu = after.machine_cpu - before.machine_cpu - own;
 	ret->rate[RATE_STEPS] = (double)seat->steps / ret->wall;
-	ret->rate[RATE_RUNNABLE] = waited < ret->wall ? tokens / (ret->wall - waited) : 0;
 	ret->rate[RATE_CPU] = tokens / ret->worker_cpu;
 	ret->rate[RATE_DAEMON] = tokens / ret->spent.daemon_cpu;
 	summarize_latencies(war, ret);
@@ -150,6 +169,7 @@ static json_t *describe(const struct phase *phase)
 	(void)json_object_set_new(json, "daemon_cpu_seconds", json_real(phase->spent.daemon_cpu));
 	(void)json_object_set_new(json, "daemon_waited_for_cpu_seconds", json_real(phase->spent.daemon_wait));
 	(void)json_object_set_new(json, "neighbours_cpu_seconds", json_real(phase->spent.children_cpu));
+	(void)json_object_set_new(json, "strangers_cpu_seconds", json_real(phase->spent.machine_cpu));
 	for (unsigned op = 0; op < OP_COUNT; op++)
 		if (phase->p50[op])
 			(void)json_object_set_new(latencies, stress_op_name(op),
