@@ -16,7 +16,7 @@
 #define EXTENT (256u * 1024u)
 #define MIB    (1024u * 1024u)
 #define CONFIG                                                                                                         \
-	"[pool]\ndevice.size = 8M\nextent_size = 256K\n"                                                               \
+	"[pool]\ndevice.size = 8M\nextent_size = 256K\n[daemon]\npressure_ms = 500\n"                                  \
 	"[tenant search]\nsocket = search.sock\ndevice.max = 4M\n"                                                     \
 	"[tenant chat]\nsocket = chat.sock\ndevice.max = 6M\n"
 #define WAITING 7u /* user_data of what may wait, and of the NOP that asks whether it does */

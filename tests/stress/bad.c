@@ -7,7 +7,6 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "tests/stress/later.h"
 #include "tests/stress/stress.h"
 
 #define STAGING   (1u << 20)

@@ -121,7 +121,7 @@ void observer_open(struct observer *observer, const struct fixture *fixture)
 
 		observer->max[i] = tenant->device_max;
 		observer->min[i] = tenant->device_min;
-		observer->has_min = tenant->has_device_min;
+		assert_true(tenant->device_min > 0);
 	}
 	kvg__admin_reply__free_unpacked(reply, NULL);
 	scan = scan_daemon(observer);

@@ -17,6 +17,7 @@
 #define KILL_MS_MIN 50
 #define KILL_MS_MAX 600
 #define END_NS      30000000000ull
+#define PRESSURE_MS 4000u /* for a worker that holds memory back */
 #define SEATS_EACH  (STRESS_SEATS / STRESS_TENANTS)
 
 static const char *const sockets[STRESS_TENANTS] = {"state/a.sock", "state/b.sock", "state/c.sock"};
@@ -28,48 +29,36 @@ static uint64_t share_of(const struct stress_options *options, uint64_t percent)
 	return options->pool / 100 * percent / EXTENT * EXTENT;
 }
 
-static void configure(const struct stress_options *options, bool min, char *ret, size_t size)
+static void configure(const struct stress_options *options, char *ret, size_t size)
 {
 	size_t used;
 
-	(void)snprintf(ret, size, "[pool]\ndevice.size = %" PRIu64 "\nextent_size = 256K\n", options->pool);
-	used = strlen(ret);
-	if (min)
-		(void)snprintf(ret + used, size - used, "host.size = %" PRIu64 "\n", options->pool);
+	(void)snprintf(ret, size,
+		"[pool]\ndevice.size = %" PRIu64 "\nextent_size = 256K\nhost.size = %" PRIu64
+		"\n[daemon]\npressure_ms = %u\n",
+		options->pool, options->pool, PRESSURE_MS);
 	for (unsigned i = 0; i < STRESS_TENANTS; i++) {
 		used = strlen(ret);
-		(void)snprintf(ret + used, size - used, "[tenant %c]\nsocket = %c.sock\ndevice.max = %" PRIu64 "\n",
-			'a' + i, 'a' + i, share_of(options, 40));
-		used = strlen(ret);
-		if (min)
-			(void)snprintf(ret + used, size - used,
-				"device.min = %" PRIu64 "\nhost.max = %" PRIu64 "\nhost.min = %" PRIu64 "\n",
-				share_of(options, 30), share_of(options, 40), share_of(options, 10));
+		(void)snprintf(ret + used, size - used,
+			"[tenant %c]\nsocket = %c.sock\ndevice.max = %" PRIu64 "\ndevice.min = %" PRIu64
+			"\nhost.max = %" PRIu64 "\nhost.min = %" PRIu64 "\n",
+			'a' + i, 'a' + i, share_of(options, 40), share_of(options, 30), share_of(options, 40),
+			share_of(options, 10));
 	}
 	assert_true(strlen(ret) + 1 < size);
 }
 
-static void start_daemon(struct war *war, bool min)
+void war_open(struct war *war, const struct stress_options *options)
 {
 	char config[1024];
 
-	configure(war->options, min, config, sizeof(config));
-	fixture_start(&war->fixture, config);
-	observer_open(&war->observer, &war->fixture);
-}
-
-void war_open(struct war *war, const struct stress_options *options)
-{
 	*war = (struct war){.options = options, .random = options->seed};
 	print_message("seed %" PRIu64 "\n", options->seed);
 	war->shared = mmap(NULL, sizeof(*war->shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	assert_true(war->shared != MAP_FAILED);
-	start_daemon(war, false);
-	if (!war->observer.has_min)
-		return;
-	observer_close(&war->observer);
-	fixture_stop(&war->fixture);
-	start_daemon(war, true);
+	configure(options, config, sizeof(config));
+	fixture_start(&war->fixture, config);
+	observer_open(&war->observer, &war->fixture);
 }
 
 void war_close(struct war *war)

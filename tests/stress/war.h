@@ -25,7 +25,7 @@ struct war {
 	double seconds;                     /* that the war took */
 };
 
-/* Starts the daemon: max 40% and min 30% of the pool for each tenant, where the daemon has them. */
+/* Starts the daemon: max 40% and min 30% of the pool for each tenant. */
 void war_open(struct war *war, const struct stress_options *options);
 void war_close(struct war *war);
 

@@ -9,7 +9,6 @@
 #include <unistd.h>
 
 #include "tests/stress/body.h"
-#include "tests/stress/later.h"
 #include "tests/stress/refusal.h"
 
 #define BODIES         6u
@@ -100,7 +99,7 @@ static bool may_be_declined(enum stress_op op, int r)
 {
 	if (op == OP_FIND || op == OP_ATTACH)
 		return r == -ENOENT;
-	return op >= OP_OFFLOAD && op <= OP_FORK && (r == -EBUSY || r == -EOPNOTSUPP || r == -EINVAL);
+	return (op == OP_PUBLISH || op == OP_FORK) && (r == -EBUSY || r == -EOPNOTSUPP || r == -EINVAL);
 }
 
 /* 0, -ENOSPC for a refusal, DECLINED, or a negative errno for what must not be. */
@@ -122,12 +121,10 @@ static int answer(struct worker *w, enum stress_op op, int r)
 	return DECLINED;
 }
 
-static bool known(const struct worker *w, enum stress_op op, const void *call)
+static bool known(const struct worker *w, enum stress_op op)
 {
-	return call && !w->task->shared->unknown[op];
+	return !w->task->shared->unknown[op];
 }
-
-#define KNOWN(w, op, call) known(w, op, (const void *)(uintptr_t)(call))
 
 /* ---- looking ---- */
 
@@ -167,7 +164,7 @@ static struct kvg_policy make_policy(struct worker *w, uint32_t longest)
 		policy.budget = 64 + policy.context_tokens / between(w, 3, 8);
 	if (chance(w, 15))
 		policy.floor = between(w, 1, 20);
-	if (KNOWN(w, OP_RECALL, kvg_recall) && chance(w, 50))
+	if (chance(w, 50))
 		policy.flags |= KVG_POLICY_RETAIN_HOST;
 	return policy;
 }
@@ -498,8 +495,6 @@ static int send_away(struct worker *w, struct body *body)
 	enum stress_op op = chance(w, 50) ? OP_OFFLOAD : OP_IDLE;
 	int r;
 
-	if (!KNOWN(w, OP_OFFLOAD, kvg_offload) || !KNOWN(w, OP_IDLE, kvg_idle))
-		return DECLINED;
 	if (chance(w, 30)) {
 		r = check(w, body, BODY_SAME, NULL);
 		if (r)
@@ -540,7 +535,7 @@ static int forget(struct worker *w, struct body *body)
 
 static int come(struct worker *w, struct body *body)
 {
-	if (KNOWN(w, OP_ATTACH, kvg_attach) && chance(w, 40)) {
+	if (known(w, OP_ATTACH) && chance(w, 40)) {
 		int r = attach(w, body);
 
 		if (r != DECLINED)
@@ -562,13 +557,13 @@ static int step_aside(struct worker *w, struct body *body)
 	case 4:
 		return check(w, body, BODY_SAME, NULL);
 	case 5:
-		return body->evicted && KNOWN(w, OP_RECALL, kvg_recall) ? recall(w, body) : DECLINED;
+		return body->evicted && body->policy.flags & KVG_POLICY_RETAIN_HOST ? recall(w, body) : DECLINED;
 	case 6:
-		return KNOWN(w, OP_PUBLISH, kvg_publish) && body->pos ? publish(w, body) : DECLINED;
+		return known(w, OP_PUBLISH) && body->pos ? publish(w, body) : DECLINED;
 	case 7:
-		return KNOWN(w, OP_FORK, kvg_fork) && body->pos ? fork_body(w, body) : DECLINED;
+		return known(w, OP_FORK) && body->pos ? fork_body(w, body) : DECLINED;
 	case 8:
-		return KNOWN(w, OP_FIND, kvg_find) ? find(w) : DECLINED;
+		return known(w, OP_FIND) ? find(w) : DECLINED;
 	default:
 		return send_away(w, body);
 	}
