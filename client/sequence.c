@@ -72,15 +72,22 @@ static uint64_t counter_owner(uint8_t op, const struct kvg_cqe *cqe)
 	return op == KVG_OP_FORK && cqe->status == 0 ? cqe->value[1] : cqe->seq;
 }
 
+static int move_counter(struct kvg_client *client, uint32_t slot)
+{
+	const struct sequence *now = &client->sequences[slot];
+
+	return gpu_set_appended(client, slot, now->committed_pos - now->fold_pos);
+}
+
 int client_move_counter(struct kvg_client *client, const struct completion *completion)
 {
-	uint32_t slot = (uint32_t)counter_owner(completion->op, &completion->cqe);
-	const struct sequence *now;
+	uint64_t seq = completion->cqe.seq, owner = counter_owner(completion->op, &completion->cqe);
+	int r;
 
 	if (!client->gpu || !completion->moved)
 		return 0;
-	now = &client->sequences[slot];
-	return gpu_set_appended(client, slot, now->committed_pos - now->fold_pos);
+	r = move_counter(client, (uint32_t)owner);
+	return r == 0 && owner != seq ? move_counter(client, (uint32_t)seq) : r;
 }
 
 /* Takes over what the table says about a slot. */
@@ -114,8 +121,10 @@ bool client_refresh(struct kvg_client *client, uint8_t op, const struct kvg_cqe 
 	refresh_slot(client, (uint32_t)cqe->seq);
 	if (!owner || (uint32_t)owner >= client->model.max_sequences)
 		return false;
-	if (owner != cqe->seq)
+	if (owner != cqe->seq) {
 		refresh_slot(client, (uint32_t)owner);
+		(void)set_appended(client, (uint32_t)cqe->seq, op); /* the original's tokens are folded, too */
+	}
 	return cqe->status == 0 && set_appended(client, (uint32_t)owner, op);
 }
 

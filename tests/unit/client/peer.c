@@ -323,14 +323,22 @@ static void attach(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe 
 /* The completion is the parent's. */
 static void copy(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
 {
-	struct kvg_slot *parent = slot_of(peer, (uint32_t)sqe->seq);
+	struct kvg_slot *parent = slot_of(peer, (uint32_t)sqe->seq), *child;
 	struct kvg_cqe made = {0};
 
 	create(peer, parent, &made);
 	cqe->status = made.status;
 	if (made.status < 0)
 		return;
-	parent->shared_pos = slot_of(peer, (uint32_t)made.seq)->shared_pos = parent->committed_pos / 16 * 16;
+	parent->shared_pos = parent->committed_pos / 16 * 16;
+	if (peer->fork_folds) {
+		parent->fold_pos = parent->committed_pos;
+		parent->generation++;
+	}
+	child = slot_of(peer, (uint32_t)made.seq);
+	child->shared_pos = parent->shared_pos;
+	child->fold_pos = parent->fold_pos;
+	child->generation = parent->generation;
 	cqe->value[0] = (uint32_t)made.seq;
 	cqe->value[1] = made.seq;
 }

@@ -81,6 +81,7 @@ struct peer {
 	/* Before a reply to a request goes out. false: hang up instead. */
 	bool (*tamper_reply)(struct peer *peer, Kvg__WorkerReply *reply, unsigned *fd_count);
 	/* Before a completion is posted. false: hold it until peer_release(). */
+	bool fork_folds; /* what the original has committed is folded by a fork */
 	bool (*tamper)(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe);
 	bool complete_before_events; /* post the completion of a RESERVE, then send its extents */
 	bool hang_up_on_nop;

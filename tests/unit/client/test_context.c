@@ -190,6 +190,25 @@ static void forks(void **state)
 	end(client, peer);
 }
 
+static void a_fork_folds_the_original_as_well(void **state)
+{
+	struct peer *peer = peer_new();
+	struct kvg_client *client;
+	struct kvg_view view;
+	uint64_t seq, copy;
+
+	(void)state;
+	peer->fork_folds = true;
+	client = peer_connect(peer, 50);
+	seq = begin(client);
+	assert_int_equal(kvg_view(client, &view), 0);
+	assert_int_equal(view.appended[0], 30);
+	assert_int_equal(kvg_fork(client, seq, 1, &copy), 0);
+	assert_int_equal(view.appended[0], 0);
+	assert_int_equal(view.appended[1], 0);
+	end(client, peer);
+}
+
 static void forks_all_or_none(void **state)
 {
 	struct peer *peer = peer_new();
@@ -217,6 +236,7 @@ int main(void)
 		cmocka_unit_test(attaches),
 		cmocka_unit_test(new_sequences_must_be_in_the_table),
 		cmocka_unit_test(forks),
+		cmocka_unit_test(a_fork_folds_the_original_as_well),
 		cmocka_unit_test(forks_all_or_none),
 	};
 
