@@ -30,8 +30,8 @@ struct model {
 	uint32_t committed, fold, prune_start;
 	uint32_t sealed;  /* tokens that are a context's, of which nothing goes any more */
 	uint32_t *shared; /* [rows]: pairs of them in full blocks */
-	float *scores; /* [rows][max_tokens], as the daemon must take them */
-	bool *held;    /* [rows][max_tokens] */
+	float *scores;    /* [rows][max_tokens], as the daemon must take them */
+	bool *held;       /* [rows][max_tokens] */
 	uint32_t protect_begin, protect_end;
 	struct random random;
 	enum score_pattern pattern;

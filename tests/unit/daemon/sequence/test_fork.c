@@ -133,8 +133,7 @@ static void test_chains(void **state)
 /* Evictions of forks drop their own pairs only. */
 static void test_decode_evictions(void **state)
 {
-	struct kvg_policy policy = {
-		.context_tokens = 300, .max_new_tokens = 2000, .budget = 200, .decode_window = 16};
+	struct kvg_policy policy = {.context_tokens = 300, .max_new_tokens = 2000, .budget = 200, .decode_window = 16};
 	struct fixture *fixture = fixture_new(NULL);
 	struct model *parent = model_new(fixture, &policy, SCORES_RANDOM), *child;
 

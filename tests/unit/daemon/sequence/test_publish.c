@@ -221,7 +221,8 @@ static void test_two_at_a_time(void **state)
 {
 	struct fixture *first = fixture_new(NULL), *second = fixture_join(first, NULL, NULL);
 	struct model *a = prompt(first, SCORES_RANDOM), *b = prompt(second, SCORES_RANDOM);
-	struct call *one = fixture_start_publish(first, a->handle, 3), *two = fixture_start_publish(second, b->handle, 3);
+	struct call *one = fixture_start_publish(first, a->handle, 3),
+		    *two = fixture_start_publish(second, b->handle, 3);
 
 	(void)state;
 	assert_int_equal(fixture_find(first, 3), 0); /* not yet */
