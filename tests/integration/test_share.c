@@ -303,6 +303,46 @@ static void test_a_key_in_use(void **state)
 	stage_close(&s);
 }
 
+/* Fresh tokens are sealed by a fork: the parent's counter starts anew as well as the children's. */
+static void test_forks_through_the_library(void **state)
+{
+	static const uint32_t tokens[] = {10, 16, 300};
+	struct stage s;
+	struct kvg_client *client;
+
+	(void)state;
+	stage_open(&s);
+	client = kv_connect(s.socket, "forks", &s.layout);
+	assert_non_null(client);
+	for (unsigned i = 0; i < 3; i++) {
+		struct kvg_policy policy = {.mode = KVG_MODE_OFF, .ratio = 1, .context_tokens = 1000};
+		struct kv parent, children[2];
+		uint64_t ids[2];
+
+		assert_int_equal(kv_create(&parent, client, &s.layout, &policy, i), 0);
+		assert_int_equal(kv_feed(&parent, tokens[i], 3), 0);
+		assert_int_equal(kvg_fork(client, parent.id, 2, ids), 0);
+		for (unsigned k = 0; k < 2; k++)
+			assert_int_equal(kv_attached(&children[k], client, &parent, &policy, ids[k]), 0);
+		assert_int_equal(kv_check(&parent), 0);
+		for (unsigned k = 0; k < 2; k++) {
+			assert_int_equal(kv_check(&children[k]), 0);
+			assert_int_equal(kv_feed(&children[k], 50 + k, (uint8_t)(5 + k)), 0);
+		}
+		assert_int_equal(kv_feed(&parent, 33, 4), 0);
+		assert_int_equal(kv_check(&parent), 0);
+		assert_int_equal(kv_free(&parent), 0);
+		for (unsigned k = 0; k < 2; k++) {
+			assert_int_equal(kv_check(&children[k]), 0);
+			assert_int_equal(kv_free(&children[k]), 0);
+		}
+		fixture_audit(&s.fixture);
+	}
+	assert_int_equal(charged(&s), 0);
+	client = kvg_close(client);
+	stage_close(&s);
+}
+
 /* ---- killed half-way ---- */
 
 static int hasty_main(int fd, void *arg)
@@ -368,6 +408,7 @@ int main(void)
 		cmocka_unit_test(test_eight_attachers_and_a_dead_publisher),
 		cmocka_unit_test(test_another_tenant_learns_nothing),
 		cmocka_unit_test(test_a_key_in_use),
+		cmocka_unit_test(test_forks_through_the_library),
 		cmocka_unit_test(test_publishers_killed_half_way),
 	};
 
