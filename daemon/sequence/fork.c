@@ -10,6 +10,7 @@
 #include "daemon/sequence/evict.h"
 #include "daemon/sequence/keep.h"
 #include "daemon/sequence/promise.h"
+#include "daemon/sequence/retain.h"
 
 struct row_extent context_row_extent(const struct sequence *sequence, uint32_t row)
 {
@@ -90,6 +91,7 @@ int context_adopt(struct sequence *sequence, struct context *context, bool give)
 		return r;
 	reduce(sequence, give);
 	freeze(sequence);
+	retain_forget(sequence); /* all of it is of the prefix now */
 	meta->generation++;
 	meta->admitted = evict_future_need(sequence, meta->pairs, meta->blocks);
 	promise_update(sequence);

@@ -21,6 +21,9 @@
  * A threshold policy's evictions are as at ratio 1; a recall brings what CHUNKED keeps at R besides what is held.
  * Where pairs were lost, they count as the lowest of their row: all pairs of evict(x, R) that are left come back.
  *
+ * PUBLISH and FORK seal what is held: all positions so far belong to the prefix, and what was retained of them is given
+ * up. What is dropped from then on is retained again.
+ *
  * budget B: kvg_select_budget() with B pairs for each row on average over all pairs, held and retained, of any position
  * from the prefix on, with the policy's decode_first, decode_window and floor.
  */

@@ -103,6 +103,32 @@ static void test_frames_go_with_their_sequence(void **state)
 	fixture_free(fixture);
 }
 
+/* A fork seals what is held, and so does a publication: nothing of before can come back, and the host has it no more.
+ */
+static void test_sealed_sequences_retain_nothing(void **state)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = RECALL_HOST});
+	struct model *model = recall_read_prompt(fixture, &recall_policy, 0.1, SCORES_RANDOM, false);
+	struct kvg_sqe sqe = {.op = KVG_OP_FORK, .seq = model->handle};
+	uint64_t child;
+
+	(void)state;
+	assert_true(fixture->tenant->host.account->charged > 0);
+	sqe.generation = fixture_generation(fixture, model->handle);
+	assert_int_equal(fixture_call(fixture, &sqe), 0);
+	child = fixture->cqe.value[1];
+	assert_int_equal(fixture->tenant->host.account->charged, 0);
+	assert_int_equal(recall_ratio(model, 0.9), 0);
+	assert_int_equal(fixture->cqe.value[1], 0);
+	sqe = (struct kvg_sqe){.op = KVG_OP_RECALL, .seq = child, .recall.ratio = 0.9};
+	sqe.generation = fixture_generation(fixture, child);
+	assert_int_equal(fixture_call(fixture, &sqe), 0);
+	assert_int_equal(fixture->cqe.value[1], 0);
+	assert_int_equal(fixture_release(fixture, child), 0);
+	model_release(model);
+	fixture_free(fixture);
+}
+
 /* Without a host tier the flag means nothing, and nothing comes back. */
 static void test_without_a_tier(void **state)
 {
@@ -123,6 +149,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_little_host_memory),
 		cmocka_unit_test(test_frames_go_with_their_sequence),
+		cmocka_unit_test(test_sealed_sequences_retain_nothing),
 		cmocka_unit_test(test_without_a_tier),
 	};
 
