@@ -14,7 +14,7 @@
 	"[pool]\ndevice.size = 128M\nextent_size = 256K\nhost.size = 64M\n"                                            \
 	"[tenant a]\nsocket = a.sock\n[tenant b]\nsocket = b.sock\n"
 
-#define LIMIT (KVG_SANITIZED ? "2" : "100") /* contexts that are read */
+#define LIMIT (KVG_SANITIZED ? "2" : "8") /* contexts that are read */
 #define FEW   "2"                           /* contexts that are published */
 
 static const char model[] = KVG_DATA "/pilot-lm";

@@ -233,6 +233,45 @@ def test_questions_about_one_context(guide: SimpleNamespace) -> None:
     assert not torch.equal(answers[0], answers[1])
 
 
+def test_a_context_is_read_once(guide: SimpleNamespace) -> None:
+    model, reads = Model(guide), []
+    rules = policy(400, ratio=0.4, window=16, window_absolute=True)
+    after = kvgate.Policy(mode="off", max_new_tokens=64)
+
+    def read(rules: kvgate.Policy) -> kvgate.Sequence:
+        reads.append(rules)
+        sequence: kvgate.Sequence = guide.client.create(rules)
+        guide.prefill(sequence, model.forward, 400, 400)
+        return sequence
+
+    outs = []
+    for _ in range(2):
+        with guide.shared(rules, after, list(range(400)), 0, read) as sequence:
+            assert sequence.residency().shared_pos == 400
+            guide.ask(sequence, lambda *place: model.forward(*place, data=600), 400, 20)
+            outs.append(torch.stack(model.out))
+    assert len(reads) == 1
+    assert torch.equal(outs[0], outs[1])
+    with read(rules) as sequence:
+        guide.ask(sequence, lambda *place: model.forward(*place, data=600), 400, 20)
+        assert torch.equal(torch.stack(model.out), outs[0])
+
+
+def test_a_pause_and_a_closer_look(start_daemon: StartDaemon) -> None:
+    for guide in run_guide(start_daemon(config(host="32M"))):
+        model = Model(guide)
+        rules = policy(400, ratio=0.2, window=16, window_absolute=True, retain="host")
+        with guide.client.create(rules) as sequence:
+            guide.prefill(sequence, model.forward, 400, 400)
+            guide.pause(sequence)
+            assert sequence.residency().idle
+            guide.go_on(sequence, 20)
+            assert not sequence.residency().idle
+            held = sequence.query().pairs
+            assert guide.look_closer(sequence, 0.5) > 0
+            assert sequence.query().pairs > 2 * held
+
+
 def test_a_paged_kernel_reads_the_tables(guide: SimpleNamespace) -> None:
     model = Model(guide)
     with guide.client.create(policy(500, ratio=0.3, window=16, window_absolute=True)) as sequence:
