@@ -15,7 +15,7 @@
 	"[tenant a]\nsocket = a.sock\n[tenant b]\nsocket = b.sock\n"
 
 #define LIMIT (KVG_SANITIZED ? "2" : "8") /* contexts that are read */
-#define FEW   "2"                           /* contexts that are published */
+#define FEW   "2"                         /* contexts that are published */
 
 static const char model[] = KVG_DATA "/pilot-lm";
 static const char gate[] = KVG_DATA "/pilot-lm/gate.safetensors";

@@ -79,7 +79,7 @@ def test_refusals_name_bytes(start_daemon: StartDaemon) -> None:
         assert error.value.errno == errno.ENOSPC
         text = str(error.value)
         assert text.startswith("tenant a: device budget 1.0 MiB, in use 0 B, promised 0 B, the sequence needs ")
-        assert text.endswith(" bytes short")
+        assert " bytes short" in text
         assert int(text.split(": ")[-1].split()[0]) > 0
         assert client.sequences == []
         assert daemon.tenant()["refusals"] == 1
