@@ -58,27 +58,29 @@ struct kvg_cuda_copy *kvg_cuda_copy_free(struct kvg_cuda_copy *copy)
 }
 
 static CUresult launch(const struct kvg_cuda_copy *copy, int kernel, const struct kvg_cuda_area *area,
-	const uint32_t *ids, uint32_t count, uint8_t *packed, CUstream stream)
+	const uint32_t *ids, uint32_t count, uint8_t *packed, uint32_t grid, CUstream stream)
 {
+	uint32_t blocks = count / KVG_EVICT_WARPS + (count % KVG_EVICT_WARPS != 0);
 	struct kvg_copy_args args = {.at = kvg_evict_area_of(area), .ids = ids, .count = count, .packed = packed};
 	void *arguments[] = {&args};
 
 	if (count == 0)
 		return CUDA_SUCCESS;
-	return kvg_cuda_launch(copy->cuda, copy->kernels[kernel],
-		count / KVG_EVICT_WARPS + (count % KVG_EVICT_WARPS != 0), KVG_EVICT_THREADS, 0, stream, arguments);
+	if (grid && blocks > grid)
+		blocks = grid;
+	return kvg_cuda_launch(copy->cuda, copy->kernels[kernel], blocks, KVG_EVICT_THREADS, 0, stream, arguments);
 }
 
 CUresult kvg_cuda_copy_gather(const struct kvg_cuda_copy *copy, const struct kvg_cuda_area *area, const uint32_t *ids,
-	uint32_t count, uint8_t *packed, CUstream stream)
+	uint32_t count, uint8_t *packed, uint32_t grid, CUstream stream)
 {
-	return launch(copy, GATHER, area, ids, count, packed, stream);
+	return launch(copy, GATHER, area, ids, count, packed, grid, stream);
 }
 
 CUresult kvg_cuda_copy_scatter(const struct kvg_cuda_copy *copy, const struct kvg_cuda_area *area, const uint32_t *ids,
-	uint32_t count, const uint8_t *packed, CUstream stream)
+	uint32_t count, const uint8_t *packed, uint32_t grid, CUstream stream)
 {
-	return launch(copy, SCATTER, area, ids, count, (uint8_t *)(uintptr_t)packed, stream);
+	return launch(copy, SCATTER, area, ids, count, (uint8_t *)(uintptr_t)packed, grid, stream);
 }
 
 CUresult kvg_cuda_copy_scrub(const struct kvg_cuda_copy *copy, CUdeviceptr at, size_t size, CUstream stream)
@@ -172,7 +174,7 @@ static CUresult part_to_host(struct kvg_cuda_copy_pipe *pipe, const struct part 
 		result = driver->cuStreamWaitEvent(stream, staging->done, 0);
 	if (result == CUDA_SUCCESS)
 		result = kvg_cuda_copy_gather(
-			pipe->copy, part->area, part->ids, part->count, (uint8_t *)staging->at, stream);
+			pipe->copy, part->area, part->ids, part->count, (uint8_t *)staging->at, 0, stream);
 	if (result == CUDA_SUCCESS)
 		result = order(pipe, staging->used, stream, pipe->engine);
 	if (result == CUDA_SUCCESS)
@@ -195,7 +197,7 @@ static CUresult part_from_host(
 		result = order(pipe, staging->done, pipe->engine, stream);
 	if (result == CUDA_SUCCESS)
 		result = kvg_cuda_copy_scatter(
-			pipe->copy, part->area, part->ids, part->count, (const uint8_t *)staging->at, stream);
+			pipe->copy, part->area, part->ids, part->count, (const uint8_t *)staging->at, 0, stream);
 	return result == CUDA_SUCCESS ? driver->cuEventRecord(staging->used, stream) : result;
 }
 

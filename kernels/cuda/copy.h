@@ -17,13 +17,16 @@ struct kvg_cuda_copy;
 struct kvg_cuda_copy *kvg_cuda_copy_new(const struct kvg_cuda *cuda, CUresult *ret_result);
 struct kvg_cuda_copy *kvg_cuda_copy_free(struct kvg_cuda_copy *copy);
 
-/* Blocks ids[0 .. count) (device) to packed (device, or host memory mapped for the device, aligned to 16). */
+/*
+ * Blocks ids[0 .. count) (device) to packed (device, or host memory mapped for the device, aligned to 16). grid: at
+ * most so many blocks of threads, which leaves multiprocessors to others; 0: as many as there is work for.
+ */
 CUresult kvg_cuda_copy_gather(const struct kvg_cuda_copy *copy, const struct kvg_cuda_area *area, const uint32_t *ids,
-	uint32_t count, uint8_t *packed, CUstream stream);
+	uint32_t count, uint8_t *packed, uint32_t grid, CUstream stream);
 
 /* The way back. No id twice. */
 CUresult kvg_cuda_copy_scatter(const struct kvg_cuda_copy *copy, const struct kvg_cuda_area *area, const uint32_t *ids,
-	uint32_t count, const uint8_t *packed, CUstream stream);
+	uint32_t count, const uint8_t *packed, uint32_t grid, CUstream stream);
 
 /* Zeroes device memory. */
 CUresult kvg_cuda_copy_scrub(const struct kvg_cuda_copy *copy, CUdeviceptr at, size_t size, CUstream stream);

@@ -45,16 +45,16 @@ static uint8_t *random_blocks(const struct arena *arena, uint32_t count)
 	return packed;
 }
 
-static void check_kernels(struct arena *arena, const uint32_t *dev_ids, uint32_t count)
+static void check_kernels(struct arena *arena, const uint32_t *dev_ids, uint32_t count, uint32_t grid)
 {
 	uint8_t *want = pack(arena, arena->free_ids, count), *fresh = random_blocks(arena, count);
 	uint8_t *packed = dev_new(NULL, count * block_bytes(arena)),
 		*dev_fresh = dev_new(fresh, count * block_bytes(arena));
 
-	check(kvg_cuda_copy_gather(copy, &arena->device, dev_ids, count, packed, NULL));
+	check(kvg_cuda_copy_gather(copy, &arena->device, dev_ids, count, packed, grid, NULL));
 	assert_device(packed, want, count * block_bytes(arena));
 	arena_assert(arena);
-	check(kvg_cuda_copy_scatter(copy, &arena->device, dev_ids, count, dev_fresh, NULL));
+	check(kvg_cuda_copy_scatter(copy, &arena->device, dev_ids, count, dev_fresh, grid, NULL));
 	unpack(arena, arena->free_ids, count, fresh);
 	arena_assert(arena);
 	dev_free(packed);
@@ -108,7 +108,8 @@ static void run(uint32_t k_bytes, uint32_t v_bytes, uint32_t blocks_per_extent, 
 	pipe = kvg_cuda_copy_pipe_new(copy, 7 * block_bytes(&arena) + 100, &result);
 	check(result);
 	for (int i = 0; i < 4; i++) {
-		check_kernels(&arena, dev_ids, counts[i]);
+		check_kernels(&arena, dev_ids, counts[i], 0);
+		check_kernels(&arena, dev_ids, counts[i], 2);
 		check_pipe(&arena, dev_ids, counts[i], pipe);
 	}
 	(void)kvg_cuda_copy_pipe_free(pipe);

@@ -1,0 +1,2 @@
+target_sources(kvg_cuda PRIVATE tier.c)
+kvg_cuda_image(tier)
