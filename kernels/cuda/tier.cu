@@ -75,20 +75,10 @@ extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS)
 
 /* ---- packed pairs ---- */
 
-/* Addresses of pair `i` of the frame at `base`. */
-struct packed_pair {
-	uint8_t *k, *v;
-	uint32_t *pos, *score;
-};
-
-__device__ static packed_pair packed_at(
-	const kvg_cuda_packed &packed, const kvg_cuda_area &area, uint32_t frame, uint32_t i)
+__device__ static uint32_t *packed_field(const kvg_cuda_packed &packed, kvg_cuda_spot at, uint32_t field)
 {
-	uint8_t *base = packed.at + frame * packed.frame_bytes;
-
-	return {base + packed.k + (uint64_t)i * area.k_bytes, base + packed.v + (uint64_t)i * area.v_bytes,
-		reinterpret_cast<uint32_t *>(base + packed.pos + (uint64_t)i * packed.pos_stride),
-		reinterpret_cast<uint32_t *>(base + packed.score + (uint64_t)i * packed.score_stride)};
+	return reinterpret_cast<uint32_t *>(
+		packed.at + at.frame * packed.frame_bytes + field + (uint64_t)at.pair * packed.entry_bytes);
 }
 
 /* Vector w of the K and then the V of a pair in its block. */
@@ -101,31 +91,60 @@ __device__ static uint8_t *pair_vector(const kvg_cuda_area &area, uint32_t id, u
 	return base + id * area.stride;
 }
 
-__device__ static uint8_t *packed_vector(const kvg_cuda_area &area, const packed_pair &pair, uint32_t w)
+/* The same of a pair in packed form. */
+__device__ static uint8_t *packed_vector(
+	const kvg_cuda_packed &packed, const kvg_cuda_area &area, kvg_cuda_spot at, uint32_t w)
 {
 	uint32_t k = area.k_bytes / 16;
+	uint64_t inside = w < k ? packed.k + (uint64_t)at.pair * area.k_bytes + w * 16
+				: packed.v + (uint64_t)at.pair * area.v_bytes + (w - k) * 16;
 
-	return w < k ? pair.k + w * 16 : pair.v + (w - k) * 16;
+	return packed.at + at.frame * packed.frame_bytes + inside;
 }
 
 /* ---- collect ---- */
 
-/* Dropped pairs of the chunk that the warp looks at. */
-struct dropped {
+/* Pairs of the chunk that the warp looks at, and where they go. */
+struct listed {
 	uint32_t ids[KVG_CUDA_CHUNK];
+	kvg_cuda_spot spots[KVG_CUDA_CHUNK];
 	uint8_t places[KVG_CUDA_CHUNK];
 };
 
-/* Pairs numbered begin .. end - 1, of which the chunk's first one has number `first`. */
-struct numbers {
-	uint32_t first, begin, end;
+/* A row's number, its decisions, and the number of the first pair that the chunk drops. */
+struct chunk_view {
+	uint32_t row, first;
+	const uint8_t *keep;
+	chunk at;
 };
 
-/* Lists the chunk's dropped pairs, and writes the positions and scores of those that are wanted. Returns how many. */
-__device__ static uint32_t list_chunk(const kvg_tier_collect_args &args, const row_view &row, const uint8_t *keep,
-	chunk at, numbers wanted, dropped &list)
+/* Where the dropped pair of that number goes. */
+__device__ static kvg_cuda_spot spot_of(const kvg_tier_collect_args &args, uint32_t number)
 {
-	uint32_t below = (1u << (threadIdx.x % 32)) - 1, first, kept, count = 0;
+	uint32_t i = number - args.what.begin;
+
+	if (number < args.what.begin || number >= args.what.end)
+		return {UINT32_MAX, 0};
+	if (args.what.spots)
+		return args.what.spots[i];
+	return {i / args.to.pairs, i % args.to.pairs};
+}
+
+/* What is known of a pair; the score -inf is a former owner's mark. */
+__device__ static void write_entry(const kvg_cuda_packed &to, kvg_cuda_spot at, uint32_t row, uint2 pair)
+{
+	if (to.row != KVG_CUDA_NO_FIELD)
+		*packed_field(to, at, to.row) = row;
+	*packed_field(to, at, to.pos) = pair.x;
+	*packed_field(to, at, to.score) = pair.y == 0xff800000u ? 0 : pair.y;
+}
+
+/* Lists the dropped pairs that go anywhere, and writes what is known of them. Returns how many they are. */
+__device__ static uint32_t list_chunk(
+	const kvg_tier_collect_args &args, const row_view &row, const chunk_view &view, listed &list)
+{
+	uint32_t below = (1u << (threadIdx.x % 32)) - 1, first, kept, number = view.first, count = 0;
+	chunk at = view.at;
 	bool direct = follow(args.scope, args.rows, row, at, &first);
 	lane_pairs lane;
 
@@ -133,92 +152,78 @@ __device__ static uint32_t list_chunk(const kvg_tier_collect_args &args, const r
 #pragma unroll
 	for (uint32_t j = 0; j < LANE_PAIRS; j++)
 		lane.pair[j].x = position(args.rows, row, lane_index(at, j), lane.pair[j]);
-	kept = direct ? kept_in_order<LANE_PAIRS>(keep + first, at) : kept_by_rank(args.scope, keep, at, lane);
+	kept = direct ? kept_in_order<LANE_PAIRS>(view.keep + first, at)
+		      : kept_by_rank(args.scope, view.keep, at, lane);
 #pragma unroll
 	for (uint32_t j = 0; j < LANE_PAIRS; j++) {
 		uint32_t index = lane_index(at, j);
 		bool goes = index < at.end && !(kept >> j & 1);
-		uint32_t lanes = __ballot_sync(EVICT_ALL_LANES, goes), entry = count + __popc(lanes & below);
-		uint32_t number = wanted.first + entry;
+		uint32_t lanes = __ballot_sync(EVICT_ALL_LANES, goes);
+		kvg_cuda_spot spot = {UINT32_MAX, 0};
 
-		count += __popc(lanes);
-		if (!goes)
-			continue;
-		list.ids[entry] = row.ids[index / KVG_CUDA_PLACES];
-		list.places[entry] = index % KVG_CUDA_PLACES;
-		if (number >= wanted.begin && number < wanted.end) {
-			uint32_t i = number - wanted.begin;
-			packed_pair to = packed_at(args.to, args.at.area, i / args.to.pairs, i % args.to.pairs);
+		if (goes)
+			spot = spot_of(args, number + __popc(lanes & below));
+		number += __popc(lanes);
+		lanes = __ballot_sync(EVICT_ALL_LANES, spot.frame != UINT32_MAX);
+		if (spot.frame != UINT32_MAX) {
+			uint32_t entry = count + __popc(lanes & below);
 
-			*to.pos = lane.pair[j].x;
-			*to.score = lane.pair[j].y == 0xff800000u ? 0 : lane.pair[j].y; /* -inf */
+			list.ids[entry] = row.ids[index / KVG_CUDA_PLACES];
+			list.places[entry] = index % KVG_CUDA_PLACES;
+			list.spots[entry] = spot;
+			write_entry(args.to, spot, view.row, lane.pair[j]);
 		}
+		count += __popc(lanes);
 	}
 	return count;
 }
 
-/* K and V of the listed pairs that are wanted. */
-__device__ static void copy_listed(
-	const kvg_tier_collect_args &args, const dropped &list, uint32_t count, numbers wanted)
+/* Chunks without a dropped pair that goes anywhere are not looked at. dropped: pairs of the chunk. */
+__device__ static void collect_chunk(
+	const kvg_tier_collect_args &args, const row_view &row, const chunk_view &view, uint32_t dropped, listed &list)
 {
 	const kvg_cuda_area &area = args.at.area;
-	uint32_t each = (area.k_bytes + area.v_bytes) / 16;
-	uint32_t low = max(wanted.begin, wanted.first) - wanted.first;
-	uint32_t high = min(count, wanted.end - wanted.first); /* wanted.end > wanted.first */
+	uint32_t each = (area.k_bytes + area.v_bytes) / 16, count;
 
-	if (low >= high)
+	if (dropped == 0 || view.first >= args.what.end || view.first + dropped <= args.what.begin)
 		return;
-	evict_copy_warp(
-		threadIdx.x % 32, (high - low) * each,
-		[&](uint32_t n) {
-			uint32_t entry = low + n / each;
-
-			return pair_vector(area, list.ids[entry], list.places[entry], n % each);
-		},
-		[&](uint32_t n) {
-			uint32_t i = wanted.first + low + n / each - wanted.begin;
-
-			return packed_vector(
-				area, packed_at(args.to, area, i / args.to.pairs, i % args.to.pairs), n % each);
-		});
-}
-
-__device__ static void collect_chunk(const kvg_tier_collect_args &args, const row_view &row, const uint8_t *keep,
-	chunk at, numbers wanted, uint32_t count, dropped &list)
-{
-	if (count == 0 || wanted.first >= wanted.end || wanted.first + count <= wanted.begin)
-		return;
-	count = list_chunk(args, row, keep, at, wanted, list);
+	count = list_chunk(args, row, view, list);
 	__syncwarp();
-	copy_listed(args, list, count, wanted);
+	if (args.to.k != KVG_CUDA_NO_FIELD)
+		evict_copy_warp(
+			threadIdx.x % 32, count * each,
+			[&](uint32_t n) {
+				return pair_vector(area, list.ids[n / each], list.places[n / each], n % each);
+			},
+			[&](uint32_t n) { return packed_vector(args.to, area, list.spots[n / each], n % each); });
 	__syncwarp();
 }
 
 /* A unit: the c-th chunk of a row's held indices and of its fresh ones. */
-__device__ static void collect_unit(const kvg_tier_collect_args &args, uint32_t index, uint32_t c, dropped &list)
+__device__ static void collect_unit(const kvg_tier_collect_args &args, uint32_t index, uint32_t c, listed &list)
 {
 	const kvg_cuda_counts &counts = args.counts;
 	row_view row = view_row(args.rows, index);
-	chunk held = held_chunk(row, c), fresh = fresh_chunk(row, c);
-	const uint8_t *keep = args.kept.keep + args.kept.offset[index];
 	const uint8_t *holes = counts.chunk_holes + (size_t)index * counts.chunk_cap;
 	const uint8_t *kept = counts.stripe_kept + (size_t)index * counts.chunk_cap;
-	numbers wanted = {args.what.first[index], args.what.begin, args.what.end};
+	chunk_view view = {index, args.what.first[index], args.kept.keep + args.kept.offset[index], held_chunk(row, c)};
+	uint32_t first = view.first;
 
-	if (held.begin < held.end) {
-		wanted.first = args.what.first[index] + sum_bytes(holes, c);
-		collect_chunk(args, row, keep, held, wanted, holes[c], list);
+	if (view.at.begin < view.at.end) {
+		view.first = first + sum_bytes(holes, c);
+		collect_chunk(args, row, view, holes[c], list);
 	}
-	if (fresh.begin < fresh.end) {
-		wanted.first = args.what.first[index] + counts.holes[index] + c * KVG_CUDA_CHUNK - sum_bytes(kept, c);
-		collect_chunk(args, row, keep, fresh, wanted, fresh.end - fresh.begin - kept[c], list);
+	view.at = fresh_chunk(row, c);
+	if (view.at.begin < view.at.end) {
+		view.first = first + counts.holes[index] + c * KVG_CUDA_CHUNK - sum_bytes(kept, c);
+		collect_chunk(args, row, view, view.at.end - view.at.begin - kept[c], list);
 	}
 }
 
 extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS)
 	kvg_tier_collect(const __grid_constant__ kvg_tier_collect_args args)
 {
-	__shared__ dropped lists[KVG_EVICT_WARPS];
+	__shared__ listed lists[KVG_EVICT_WARPS];
 	uint32_t units = (args.what.row_end - args.what.row_begin) * args.chunks;
 
 	for (uint32_t unit = first_unit(); unit < units; unit += unit_step())
@@ -239,18 +244,15 @@ extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS)
 		uint32_t count = min(args.count - unit * 32, 32u);
 
 		if (lane < count) {
-			packed_pair from = packed_at(args.from, area, pairs[lane].frame, pairs[lane].pair);
+			kvg_cuda_return at = pairs[lane];
 
-			*reinterpret_cast<uint2 *>(evict_pairs(args.at, pairs[lane].id) + pairs[lane].place) =
-				make_uint2(*from.pos, *from.score);
+			*reinterpret_cast<uint2 *>(evict_pairs(args.at, at.id) + at.place) =
+				make_uint2(*packed_field(args.from, at.from, args.from.pos),
+					*packed_field(args.from, at.from, args.from.score));
 		}
 		evict_copy_warp(
 			lane, count * each,
-			[&](uint32_t n) {
-				kvg_cuda_return at = pairs[n / each];
-
-				return packed_vector(area, packed_at(args.from, area, at.frame, at.pair), n % each);
-			},
+			[&](uint32_t n) { return packed_vector(args.from, area, pairs[n / each].from, n % each); },
 			[&](uint32_t n) {
 				kvg_cuda_return at = pairs[n / each];
 

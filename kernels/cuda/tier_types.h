@@ -7,34 +7,41 @@
 
 #include "kernels/cuda/evict_types.h"
 
+#define KVG_CUDA_NO_FIELD UINT32_MAX
+
 /*
  * Pairs in packed form: frames of `pairs` pairs each, frame_bytes apart. In a frame, which begins at a multiple of 16:
- *     K of pair i at k + i * k_bytes, V at v + i * v_bytes, its position at pos + i * pos_stride and its score at
- *     score + i * score_stride
- * k and v are multiples of 16, pos, score and their strides of 4.
+ *     K of pair i at k + i * k_bytes, V at v + i * v_bytes, and at i * entry_bytes behind row, pos and score those
+ * k and v are multiples of 16, the others of 4. k KVG_CUDA_NO_FIELD: there are no K and V; row: no rows.
  */
 struct kvg_cuda_packed {
 	uint8_t *at;
 	uint64_t frame_bytes;
 	uint32_t pairs;
-	uint32_t k, v, pos, score;
-	uint32_t pos_stride, score_stride;
+	uint32_t k, v;
+	uint32_t entry_bytes, row, pos, score;
+};
+
+/* A pair of the packed form. frame UINT32_MAX: nowhere. */
+struct kvg_cuda_spot {
+	uint32_t frame, pair;
 };
 
 /*
  * What is collected: the dropped pairs of rows [row_begin, row_end), of which those of a row are numbered first[row],
- * first[row] + 1, ... by index; of them the pairs numbered begin .. end - 1, which become pairs 0, 1, ... of the
- * packed form.
+ * first[row] + 1, ... by index; of them the pairs numbered begin .. end - 1. They go to spots[0], spots[1], ..., or to
+ * pairs 0, 1, ... of the packed form, frame after frame, where spots is NULL.
  */
 struct kvg_cuda_collection {
 	const uint32_t *first; /* device, [rows] */
 	uint32_t row_begin, row_end;
 	uint32_t begin, end;
+	const struct kvg_cuda_spot *spots; /* device */
 };
 
 /* A packed pair and the place that it goes to: `place` of block `id`. */
 struct kvg_cuda_return {
-	uint32_t frame, pair;
+	struct kvg_cuda_spot from;
 	uint32_t id, place;
 };
 

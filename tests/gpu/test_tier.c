@@ -119,28 +119,28 @@ static void test_blocks(void **state)
 
 /* ---- packed forms ---- */
 
-/* K, V, positions and scores follow one another in each frame. */
-static struct kvg_cuda_packed by_field(const struct kvg_cuda_area *area, uint32_t pairs)
+/* K, V, and then what is known of the pairs, as the host keeps them. */
+static struct kvg_cuda_packed with_rows(const struct kvg_cuda_area *area, uint32_t pairs)
 {
 	struct kvg_cuda_packed packed = {.pairs = pairs,
 		.v = pairs * area->k_bytes,
-		.pos = pairs * (area->k_bytes + area->v_bytes),
-		.pos_stride = 4,
-		.score_stride = 4};
+		.entry_bytes = 12,
+		.row = pairs * (area->k_bytes + area->v_bytes)};
 
-	packed.score = packed.pos + pairs * 4;
-	packed.frame_bytes = (packed.score + pairs * 4 + 15) / 16 * 16 + 32; /* and some bytes of nobody */
+	packed.pos = packed.row + 4;
+	packed.score = packed.row + 8;
+	packed.frame_bytes = (packed.row + pairs * 12 + 15) / 16 * 16 + 32; /* and some bytes of nobody */
 	return packed;
 }
 
-/* Positions and scores lie together, before K and V. */
-static struct kvg_cuda_packed by_pair(const struct kvg_cuda_area *area, uint32_t pairs)
+/* Positions and scores before K and V, and no rows. */
+static struct kvg_cuda_packed without_rows(const struct kvg_cuda_area *area, uint32_t pairs)
 {
 	struct kvg_cuda_packed packed = {.pairs = pairs,
-		.pos = 16,
-		.score = 20,
-		.pos_stride = 8,
-		.score_stride = 8,
+		.pos = 20,
+		.score = 16,
+		.row = KVG_CUDA_NO_FIELD,
+		.entry_bytes = 8,
 		.k = (pairs * 8 + 47) / 16 * 16};
 
 	packed.v = packed.k + pairs * area->k_bytes;
@@ -148,39 +148,54 @@ static struct kvg_cuda_packed by_pair(const struct kvg_cuda_area *area, uint32_t
 	return packed;
 }
 
+/* Scores alone, one after the other. */
+static struct kvg_cuda_packed scores_only(uint32_t pairs)
+{
+	return (struct kvg_cuda_packed){.pairs = pairs,
+		.pos = 4,
+		.row = KVG_CUDA_NO_FIELD,
+		.k = KVG_CUDA_NO_FIELD,
+		.entry_bytes = 8,
+		.frame_bytes = (uint64_t)pairs * 8};
+}
+
 static uint64_t packed_bytes(const struct kvg_cuda_packed *packed, uint32_t pairs)
 {
 	return (pairs / packed->pairs + 1) * packed->frame_bytes;
 }
 
-/* Puts a pair of the arena's mirror at its place of the packed form's mirror. */
-static void model_pack(const struct kvg_cuda_packed *packed, uint8_t *at, uint32_t number,
-	const struct kvg_cuda_area *area, uint32_t id, uint32_t place, struct kvg_cuda_pair pair)
+/* Puts a pair of the arena's mirror at its spot of the packed form's mirror. */
+static void model_pack(const struct kvg_cuda_packed *packed, uint8_t *at, struct kvg_cuda_spot spot,
+	const struct kvg_cuda_area *area, uint32_t id, uint32_t place, struct kvg_cuda_pair pair, uint32_t row)
 {
-	size_t i = number % packed->pairs;
+	size_t i = spot.pair;
 
-	at += number / packed->pairs * packed->frame_bytes;
-	memcpy(at + packed->k + i * area->k_bytes, area->k_base + id * area->stride + (size_t)place * area->k_bytes,
-		area->k_bytes);
-	memcpy(at + packed->v + i * area->v_bytes, area->v_base + id * area->stride + (size_t)place * area->v_bytes,
-		area->v_bytes);
-	memcpy(at + packed->pos + i * packed->pos_stride, &pair.pos, 4);
-	memcpy(at + packed->score + i * packed->score_stride, &pair.score, 4);
+	at += spot.frame * packed->frame_bytes;
+	if (packed->k != KVG_CUDA_NO_FIELD) {
+		memcpy(at + packed->k + i * area->k_bytes,
+			area->k_base + id * area->stride + (size_t)place * area->k_bytes, area->k_bytes);
+		memcpy(at + packed->v + i * area->v_bytes,
+			area->v_base + id * area->stride + (size_t)place * area->v_bytes, area->v_bytes);
+	}
+	if (packed->row != KVG_CUDA_NO_FIELD)
+		memcpy(at + packed->row + i * packed->entry_bytes, &row, 4);
+	memcpy(at + packed->pos + i * packed->entry_bytes, &pair.pos, 4);
+	memcpy(at + packed->score + i * packed->entry_bytes, &pair.score, 4);
 }
 
 static void model_return(const struct kvg_cuda_packed *packed, const uint8_t *at, const struct kvg_cuda_return *where,
 	const struct kvg_cuda_area *area)
 {
 	struct kvg_cuda_pair *pair = pair_at(area, &where->id, where->place);
-	size_t i = where->pair;
+	size_t i = where->from.pair;
 
-	at += where->frame * packed->frame_bytes;
+	at += where->from.frame * packed->frame_bytes;
 	memcpy(area->k_base + where->id * area->stride + (size_t)where->place * area->k_bytes,
 		at + packed->k + i * area->k_bytes, area->k_bytes);
 	memcpy(area->v_base + where->id * area->stride + (size_t)where->place * area->v_bytes,
 		at + packed->v + i * area->v_bytes, area->v_bytes);
-	memcpy(&pair->pos, at + packed->pos + i * packed->pos_stride, 4);
-	memcpy(&pair->score, at + packed->score + i * packed->score_stride, 4);
+	memcpy(&pair->pos, at + packed->pos + i * packed->entry_bytes, 4);
+	memcpy(&pair->score, at + packed->score + i * packed->entry_bytes, 4);
 }
 
 /* ---- collect ---- */
@@ -356,7 +371,7 @@ static void rows_deinit(struct rows *rows)
 
 /* The packed form of pairs numbered what->begin .. what->end - 1 of the rows that are meant. */
 static void model_collect(const struct rows *rows, const struct kvg_cuda_collection *what,
-	const struct kvg_cuda_packed *packed, uint8_t *at)
+	const struct kvg_cuda_spot *spots, const struct kvg_cuda_packed *packed, uint8_t *at)
 {
 	for (uint32_t row = what->row_begin; row < what->row_end; row++) {
 		const uint32_t *ids = rows->ids + (size_t)row * rows->cap;
@@ -369,46 +384,64 @@ static void model_collect(const struct rows *rows, const struct kvg_cuda_collect
 				continue;
 			pair.pos = (int32_t)rows_pos(rows, row, i);
 			pair.score = pair.score == -INFINITY ? 0 : pair.score;
-			if (number >= what->begin && number < what->end)
-				model_pack(
-					packed, at, number - what->begin, &rows->arena.host, ids[i / 16], i % 16, pair);
+			if (number >= what->begin && number < what->end &&
+				spots[number - what->begin].frame != UINT32_MAX)
+				model_pack(packed, at, spots[number - what->begin], &rows->arena.host, ids[i / 16],
+					i % 16, pair, row);
 			number++;
 		}
 		assert_int_equal(number, rows->first[row + 1]);
 	}
 }
 
-static void check_collect(
-	struct rows *rows, const struct kvg_cuda_collection *what, const struct kvg_cuda_packed *form, uint32_t grid)
+/* Spots in the order of the pairs' numbers; or in any order, and some nowhere. */
+static struct kvg_cuda_spot *make_spots(uint32_t count, const struct kvg_cuda_packed *form, bool in_order)
 {
-	size_t size = packed_bytes(form, what->end - what->begin);
-	uint8_t *want = new_array(size, 1);
-	struct kvg_cuda_packed packed = *form;
+	struct kvg_cuda_spot *spots = new_array(count, sizeof(*spots));
+
+	for (uint32_t i = 0; i < count; i++) {
+		uint32_t at = in_order ? i : random_below(&rng, i + 1);
+
+		spots[i] = spots[at];
+		spots[at] = (struct kvg_cuda_spot){i / form->pairs, i % form->pairs};
+	}
+	for (uint32_t i = 0; !in_order && i < count; i++)
+		if (random_below(&rng, 4) == 0)
+			spots[i].frame = UINT32_MAX;
+	return spots;
+}
+
+static void check_collect(struct rows *rows, const struct kvg_cuda_collection *what, const struct kvg_cuda_packed *form,
+	bool in_order, uint32_t grid)
+{
+	uint32_t count = what->end - what->begin;
+	size_t size = packed_bytes(form, count);
+	struct kvg_cuda_spot *spots = make_spots(count, form, in_order), *dev_spots;
 	struct kvg_cuda_collection there = *what;
+	struct kvg_cuda_packed packed = *form;
+	uint8_t *want = new_array(size, 1);
 
 	memset(want, POISON, size);
-	model_collect(rows, what, form, want);
+	model_collect(rows, what, spots, form, want);
 	packed.at = dev_new(NULL, size);
+	dev_spots = dev_new(spots, count * sizeof(*spots));
 	there.first = rows->dev_first;
+	there.spots = in_order ? NULL : dev_spots;
 	check(kvg_cuda_tier_collect(tier, &rows->arena.device, &rows->there, &rows->scope, &rows->kept, &rows->counts,
 		&there, &packed, grid, NULL));
 	assert_device(packed.at, want, size);
 	assert_arena(&rows->arena, "collecting");
 	dev_free(packed.at);
+	dev_free(dev_spots);
 	free(want);
+	free(spots);
 }
 
-static void check_collections(struct rows *rows, uint32_t grid)
+/* In parts, each with the rows that it touches. */
+static void check_parts(struct rows *rows, const struct kvg_cuda_packed *form, uint32_t each, uint32_t grid)
 {
-	uint32_t total = rows->first[rows->count], pairs = 1 + random_below(&rng, 300),
-		 each = 1 + random_below(&rng, 700);
-	const struct kvg_cuda_packed one = by_field(&rows->arena.host, total + 1),
-				     many = by_pair(&rows->arena.host, pairs);
+	uint32_t total = rows->first[rows->count];
 
-	check_collect(rows, &(struct kvg_cuda_collection){.row_end = rows->count, .end = total}, &one, grid);
-	check_collect(rows, &(struct kvg_cuda_collection){.row_end = rows->count, .end = total}, &many, grid);
-	check_collect(rows, &(struct kvg_cuda_collection){.row_end = rows->count}, &many, grid);
-	/* In parts, each with the rows that it touches. */
 	for (uint32_t begin = 0, row = 0; begin < total; begin += each) {
 		struct kvg_cuda_collection what = {.begin = begin, .end = total - begin < each ? total : begin + each};
 
@@ -417,8 +450,23 @@ static void check_collections(struct rows *rows, uint32_t grid)
 		what.row_begin = row;
 		for (what.row_end = row; what.row_end < rows->count && rows->first[what.row_end] < what.end;)
 			what.row_end++;
-		check_collect(rows, &what, &many, grid);
+		check_collect(rows, &what, form, random_below(&rng, 2), grid);
 	}
+}
+
+static void check_collections(struct rows *rows, uint32_t grid)
+{
+	uint32_t total = rows->first[rows->count], pairs = 1 + random_below(&rng, 300);
+	const struct kvg_cuda_packed one = without_rows(&rows->arena.host, total + 1),
+				     many = with_rows(&rows->arena.host, pairs), bare = scores_only(total + 1);
+	const struct kvg_cuda_collection all = {.row_end = rows->count, .end = total}, none = {.row_end = rows->count};
+
+	check_collect(rows, &all, &one, true, grid);
+	check_collect(rows, &all, &bare, true, grid);
+	check_collect(rows, &all, &many, true, grid);
+	check_collect(rows, &all, &many, false, grid);
+	check_collect(rows, &none, &many, true, grid);
+	check_parts(rows, &many, 1 + random_below(&rng, 700), grid);
 }
 
 static void run_collect(const struct shape *shape)
@@ -519,10 +567,10 @@ static void check_return(
 	}
 	count = count < places ? count : places;
 	for (uint32_t i = 0; i < count; i++) {
-		list[i] = (struct kvg_cuda_return){.frame = random_below(&rng, frames),
-			.pair = random_below(&rng, form->pairs),
-			.id = arena->free_ids[order[i] / 16],
-			.place = order[i] % 16};
+		list[i] =
+			(struct kvg_cuda_return){.from = {random_below(&rng, frames), random_below(&rng, form->pairs)},
+				.id = arena->free_ids[order[i] / 16],
+				.place = order[i] % 16};
 		model_return(form, bytes, &list[i], &arena->host);
 	}
 	if (on_host) {
@@ -552,10 +600,10 @@ static void run_return(uint32_t k_bytes, uint32_t v_bytes)
 
 	arena_init(&arena, k_bytes, v_bytes, 11, 9);
 	for (size_t i = 0; i < GRIDS; i++) {
-		form = by_field(&arena.host, 100);
+		form = with_rows(&arena.host, 100);
 		check_return(&arena, &form, 3, grids[i], false);
 		check_return(&arena, &form, 40, grids[i], true);
-		form = by_pair(&arena.host, 2);
+		form = without_rows(&arena.host, 2);
 		check_return(&arena, &form, 1, grids[i], false);
 		check_return(&arena, &form, 77, grids[i], true);
 	}
