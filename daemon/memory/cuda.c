@@ -270,6 +270,28 @@ static uint64_t cuda_physical(struct kind *kind, int fd, size_t size)
 	return fcntl(fd, F_GETFD) < 0 ? UINT64_MAX : size;
 }
 
+/* ---- memory of this process that the device reaches ---- */
+
+static int cuda_pin(struct kind *kind, void *at, size_t size)
+{
+	const struct kind_cuda *self = of_kind(kind);
+	CUresult result = kvg_cuda_enter(self->cuda);
+
+	if (result == CUDA_SUCCESS)
+		result = self->cuda->driver->cuMemHostRegister(
+			at, size, CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP);
+	return outcome(kind, result, "cuMemHostRegister");
+}
+
+static void cuda_unpin(struct kind *kind, void *at, size_t size)
+{
+	const struct kind_cuda *self = of_kind(kind);
+
+	(void)size;
+	if (kvg_cuda_enter(self->cuda) == CUDA_SUCCESS)
+		(void)self->cuda->driver->cuMemHostUnregister(at);
+}
+
 /* ---- the device ---- */
 
 static struct kvg_cuda *cuda_device(struct kind *kind)
@@ -373,6 +395,8 @@ static const struct kind_ops cuda_ops = {
 	.scrub_poll = cuda_scrub_poll,
 	.destroy = cuda_destroy,
 	.physical = cuda_physical,
+	.pin = cuda_pin,
+	.unpin = cuda_unpin,
 	.device = cuda_device,
 	.about = cuda_about,
 	.usage = cuda_usage,

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "daemon/sequence/cuda_transfer.h"
 #include "daemon/sequence/evict.h"
 #include "daemon/sequence/gates.h"
 #include "daemon/sequence/layout.h"
@@ -22,6 +23,9 @@ static void kernels_free(void *user)
 	struct cuda_kernels *kernels = user;
 
 	(void)kvg_cuda_enter(kernels->cuda);
+	(void)cuda_link_free(kernels->link);
+	(void)kvg_cuda_tier_free(kernels->tier);
+	(void)kvg_cuda_copy_free(kernels->copy);
 	(void)kvg_cuda_evict_free(kernels->evict);
 	(void)kvg_cuda_select_free(kernels->select);
 	(void)kvg_cuda_maxima_free(kernels->maxima);
@@ -40,6 +44,10 @@ static CUresult kernels_load(const struct kvg_cuda *cuda, struct cuda_kernels *k
 		kernels->maxima = kvg_cuda_maxima_new(cuda, &result);
 	if (result == CUDA_SUCCESS)
 		kernels->gate = kvg_cuda_gate_kernels_new(cuda, &result);
+	if (result == CUDA_SUCCESS)
+		kernels->copy = kvg_cuda_copy_new(cuda, &result);
+	if (result == CUDA_SUCCESS)
+		kernels->tier = kvg_cuda_tier_new(cuda, &result);
 	return result;
 }
 
@@ -359,6 +367,10 @@ static bool start(struct request *request, struct cuda_lane *lane)
 	request->launched = true;
 	if (r >= 0)
 		r = request->launch(request);
+	if (r >= 0 && request->transfer) { /* nothing of it is on the stream */
+		lane->owner = NULL;
+		return false;
+	}
 	if (r >= 0) {
 		lane->value = ++device->flag_value;
 		r = cuda_status(device,
@@ -405,6 +417,8 @@ static bool cuda_poll(struct job *job)
 		lane = free_lane(device, request);
 		return lane ? start(request, lane) : false;
 	}
+	if (request->transfer)
+		return cuda_transfer_poll(request);
 	if (__atomic_load_n(device->flag, __ATOMIC_ACQUIRE) < request->lane->value) {
 		r = check_stream(device);
 		return r < 0 ? over(request, r) : false;

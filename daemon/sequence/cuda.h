@@ -10,10 +10,12 @@
 
 #include "daemon/memory/cuda.h"
 #include "daemon/sequence/compute.h"
+#include "kernels/cuda/copy.h"
 #include "kernels/cuda/evict.h"
 #include "kernels/cuda/gate.h"
 #include "kernels/cuda/maxima.h"
 #include "kernels/cuda/select.h"
+#include "kernels/cuda/tier.h"
 
 #define CUDA_LANES 8u /* requests on the stream besides evictions */
 
@@ -85,6 +87,9 @@ struct cuda_kernels {
 	struct kvg_cuda_select *select;
 	struct kvg_cuda_maxima *maxima;
 	struct kvg_cuda_gate_kernels *gate;
+	struct kvg_cuda_copy *copy;
+	struct kvg_cuda_tier *tier;
+	struct cuda_link *link; /* made when it is needed, see cuda_transfer.h */
 };
 
 /* Loads them with the first call. NULL when that fails (reported to the kind). */

@@ -135,7 +135,8 @@ __device__ static void write_entry(const kvg_cuda_packed &to, kvg_cuda_spot at, 
 {
 	if (to.row != KVG_CUDA_NO_FIELD)
 		*packed_field(to, at, to.row) = row;
-	*packed_field(to, at, to.pos) = pair.x;
+	if (to.pos != KVG_CUDA_NO_FIELD)
+		*packed_field(to, at, to.pos) = pair.x;
 	*packed_field(to, at, to.score) = pair.y == 0xff800000u ? 0 : pair.y;
 }
 

@@ -12,7 +12,8 @@
 /*
  * Pairs in packed form: frames of `pairs` pairs each, frame_bytes apart. In a frame, which begins at a multiple of 16:
  *     K of pair i at k + i * k_bytes, V at v + i * v_bytes, and at i * entry_bytes behind row, pos and score those
- * k and v are multiples of 16, the others of 4. k KVG_CUDA_NO_FIELD: there are no K and V; row: no rows.
+ * k and v are multiples of 16, the others of 4. k KVG_CUDA_NO_FIELD: there are no K and V; row and
+ * pos: no rows, no positions.
  */
 struct kvg_cuda_packed {
 	uint8_t *at;

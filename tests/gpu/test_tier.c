@@ -152,11 +152,11 @@ static struct kvg_cuda_packed without_rows(const struct kvg_cuda_area *area, uin
 static struct kvg_cuda_packed scores_only(uint32_t pairs)
 {
 	return (struct kvg_cuda_packed){.pairs = pairs,
-		.pos = 4,
+		.pos = KVG_CUDA_NO_FIELD,
 		.row = KVG_CUDA_NO_FIELD,
 		.k = KVG_CUDA_NO_FIELD,
-		.entry_bytes = 8,
-		.frame_bytes = (uint64_t)pairs * 8};
+		.entry_bytes = 4,
+		.frame_bytes = (uint64_t)pairs * 4};
 }
 
 static uint64_t packed_bytes(const struct kvg_cuda_packed *packed, uint32_t pairs)
@@ -179,7 +179,8 @@ static void model_pack(const struct kvg_cuda_packed *packed, uint8_t *at, struct
 	}
 	if (packed->row != KVG_CUDA_NO_FIELD)
 		memcpy(at + packed->row + i * packed->entry_bytes, &row, 4);
-	memcpy(at + packed->pos + i * packed->entry_bytes, &pair.pos, 4);
+	if (packed->pos != KVG_CUDA_NO_FIELD)
+		memcpy(at + packed->pos + i * packed->entry_bytes, &pair.pos, 4);
 	memcpy(at + packed->score + i * packed->entry_bytes, &pair.score, 4);
 }
 
