@@ -381,7 +381,8 @@ static bool start(struct request *request, struct cuda_lane *lane)
 	if (r >= 0)
 		return false;
 	/* What was launched of it may still read the lane's memory. */
-	(void)device->cuda->driver->cuStreamSynchronize(device->stream);
+	if (r != -EAGAIN)
+		(void)device->cuda->driver->cuStreamSynchronize(device->stream);
 	return over(request, r);
 }
 
@@ -442,12 +443,17 @@ const struct compute_ops compute_cuda = {
 	.select = cuda_select,
 	.mark = cuda_mark,
 	.move = cuda_move,
+	.pack = cuda_pack,
+	.recall = cuda_recall,
+	.unpack = cuda_unpack,
 	.closes_holes = true,
 	.select_marks = true,
 	.move_publishes = true,
 	.evictions = META_RECORDS,
 	.creates_ahead = true,
 	.score = cuda_score,
+	.unload = cuda_copy_image,
+	.load = cuda_copy_image,
 	.publish = cuda_publish,
 	.event = cuda_event,
 	.poll = cuda_poll,

@@ -52,6 +52,7 @@ struct cuda_eviction {
 	struct kvg_cuda_counts counts;
 	struct kvg_cuda_lists lists;
 	uint32_t *found; /* device */
+	size_t counted;  /* bytes that are read back of what was counted, found with it */
 };
 
 struct cuda_lane {
@@ -113,12 +114,26 @@ void cuda_row_blocks(const struct sequence *sequence, uint32_t row, uint32_t fir
 /* Where the worker's blocks and their pairs lie. */
 struct kvg_cuda_area cuda_area(const struct space *space);
 
-/* cuda_evict.c and cuda_score.c: see compute.h. */
+/*
+ * For SELECT of a recall: the eviction's rows go to the device, with a scope in which all pairs stay, and there is
+ * memory for all that follows; what is read back takes *ret_counts bytes. 0 or a negative errno.
+ */
+int cuda_survey(struct request *request, size_t *ret_counts);
+
+/* Enqueues counting all pairs as kept, and reading the counts back; then, when that is done, notes them. */
+CUresult cuda_count(const struct request *request);
+void cuda_take_counts(const struct request *request);
+
+/* cuda_evict.c, cuda_score.c, cuda_tier.c, cuda_retain.c: see compute.h. */
 int cuda_select(struct request *request);
 int cuda_mark(struct request *request);
 int cuda_move(struct request *request);
 int cuda_score(struct request *request);
 int cuda_publish(struct request *request);
+int cuda_copy_image(struct request *request);
+int cuda_pack(struct request *request);
+int cuda_recall(struct request *request);
+int cuda_unpack(struct request *request);
 
 /* Enqueues raising the sequence's semaphore, when the entry asks for it. */
 CUresult cuda_signal(const struct request *request);

@@ -215,7 +215,7 @@ static CUresult decide(const struct request *request, const struct kvg_cuda_sele
 	return result;
 }
 
-static int select_finish(struct request *request)
+void cuda_take_counts(const struct request *request)
 {
 	const struct compute_device *device = request->space->device.compute;
 	struct evict *evict = request->evict;
@@ -223,14 +223,23 @@ static int select_finish(struct request *request)
 	const uint32_t *found = (const uint32_t *)(void *)device->lane->buffers[CUDA_READBACK].at;
 	const uint8_t *stripe_kept = (const uint8_t *)(found + 3 * (size_t)rows);
 
-	for (uint32_t row = 0; row < rows; row++) {
-		if (found[row] != (evict->decode ? evict->length[row] : evict->candidates))
-			return -EUCLEAN;
+	for (uint32_t row = 0; row < rows; row++)
 		for (uint32_t s = 0; s < evict->stripes; s++)
 			evict->stripe_kept[row * evict->stripes + s] = stripe_kept[(size_t)row * cap + s];
-	}
 	memcpy(evict->kept, found + rows, rows * sizeof(uint32_t));
 	memcpy(evict->holes, found + 2 * (size_t)rows, rows * sizeof(uint32_t));
+}
+
+static int select_finish(struct request *request)
+{
+	const struct compute_device *device = request->space->device.compute;
+	struct evict *evict = request->evict;
+	const uint32_t *found = (const uint32_t *)(void *)device->lane->buffers[CUDA_READBACK].at;
+
+	for (uint32_t row = 0; row < request->space->rows; row++)
+		if (found[row] != (evict->decode ? evict->length[row] : evict->candidates))
+			return -EUCLEAN;
+	cuda_take_counts(request);
 	evict_count(request->sequence, evict);
 	return 0;
 }
@@ -280,8 +289,16 @@ static void longest_lists(const struct request *request, uint32_t *survivors, ui
 	}
 }
 
-static CUresult enqueue_select(const struct request *request, struct cuda_eviction *eviction,
-	const struct kvg_cuda_select_input *in, uint8_t *keep, size_t counts)
+static CUresult read_counts(const struct compute_device *device)
+{
+	const struct cuda_eviction *eviction = &device->lane->eviction;
+
+	return device->cuda->driver->cuMemcpyDtoHAsync(device->lane->buffers[CUDA_READBACK].at,
+		(CUdeviceptr)(uintptr_t)eviction->found, eviction->counted, device->stream);
+}
+
+static CUresult enqueue_select(
+	const struct request *request, struct cuda_eviction *eviction, const struct kvg_cuda_select_input *in)
 {
 	const struct compute_device *device = request->space->device.compute;
 	const struct kvg_cuda_evict *kernels = device->kernels->evict;
@@ -289,21 +306,17 @@ static CUresult enqueue_select(const struct request *request, struct cuda_evicti
 	uint32_t survivors, holes;
 	CUresult result;
 
-	eviction->kept.keep = keep;
 	result = kvg_cuda_evict_gather(kernels, &area, &eviction->rows, &eviction->scope, in->offset,
 		(float *)(uintptr_t)in->scores, eviction->found, device->stream);
 	if (result == CUDA_SUCCESS)
-		result = decide(request, in, keep);
+		result = decide(request, in, (uint8_t *)(uintptr_t)eviction->kept.keep);
 	if (result == CUDA_SUCCESS)
 		result = kvg_cuda_evict_count(kernels, &area, &eviction->rows, &eviction->scope, &eviction->kept,
 			&eviction->counts, device->stream);
 	longest_lists(request, &survivors, &holes);
 	if (result == CUDA_SUCCESS && request->evict->marked)
 		result = enqueue_mark(request, survivors, holes);
-	if (result == CUDA_SUCCESS)
-		result = device->cuda->driver->cuMemcpyDtoHAsync(device->lane->buffers[CUDA_READBACK].at,
-			(CUdeviceptr)(uintptr_t)eviction->found, counts, device->stream);
-	return result;
+	return result == CUDA_SUCCESS ? read_counts(device) : result;
 }
 
 static bool has_room(const struct request *request, uint32_t cap)
@@ -318,28 +331,44 @@ static bool has_room(const struct request *request, uint32_t cap)
 	       cuda_buffer(device, CUDA_LISTS, rows * ((size_t)survivors + holes) * sizeof(uint32_t));
 }
 
+/* Rows, scope, and memory for decisions and all that follows them. Returns the number of candidates. */
+static int64_t open_eviction(struct request *request, uint32_t *longest)
+{
+	struct compute_device *device = request->space->device.compute;
+	struct cuda_eviction *eviction = &device->lane->eviction;
+	uint32_t rows = request->space->rows;
+	uint8_t *keep, *counted;
+	int64_t n = evict_survey(request->sequence, request->evict);
+
+	if (n >= 0)
+		n = send_rows(request, eviction, longest);
+	if (n < 0)
+		return n;
+	make_scope(request, &eviction->scope);
+	keep = cuda_buffer(device, CUDA_KEEP, (size_t)n + 16);
+	eviction->counted = place_counts(eviction, rows, *longest, NULL);
+	counted = cuda_buffer(device, CUDA_COUNTS, eviction->counted);
+	if (!keep || !counted || !cuda_buffer(device, CUDA_READBACK, eviction->counted) ||
+		!has_room(request, eviction->rows.ids_cap))
+		return -ENOMEM;
+	(void)place_counts(eviction, rows, *longest, counted);
+	eviction->kept.keep = keep;
+	return n;
+}
+
 int cuda_select(struct request *request)
 {
 	struct compute_device *device = request->space->device.compute;
 	struct cuda_eviction *eviction = &device->lane->eviction;
-	uint32_t rows = request->space->rows, longest;
-	uint8_t *scores, *keep, *counted;
-	size_t counts;
-	int64_t n = evict_survey(request->sequence, request->evict);
+	uint32_t longest;
+	uint8_t *scores;
+	int64_t n = open_eviction(request, &longest);
 
-	if (n >= 0)
-		n = send_rows(request, eviction, &longest);
 	if (n < 0)
 		return (int)n;
-	make_scope(request, &eviction->scope);
 	scores = cuda_buffer(device, CUDA_SCORES, (size_t)n * sizeof(float) + 16);
-	keep = cuda_buffer(device, CUDA_KEEP, (size_t)n + 16);
-	counts = place_counts(eviction, rows, longest, NULL);
-	counted = cuda_buffer(device, CUDA_COUNTS, counts);
-	if (!scores || !keep || !counted || !cuda_buffer(device, CUDA_READBACK, counts) ||
-		!has_room(request, eviction->rows.ids_cap))
+	if (!scores)
 		return -ENOMEM;
-	(void)place_counts(eviction, rows, longest, counted);
 	const struct kvg_cuda_select_input in = {.scores = (const float *)(void *)scores,
 		.offset = eviction->kept.offset,
 		.layers = eviction->rows.layers,
@@ -348,7 +377,27 @@ int cuda_select(struct request *request)
 		.longest = request->evict->decode ? longest : request->evict->candidates};
 
 	request->finish = select_finish;
-	return cuda_status(device, enqueue_select(request, eviction, &in, keep, counts), "an eviction's selection");
+	return cuda_status(device, enqueue_select(request, eviction, &in), "an eviction's selection");
+}
+
+int cuda_survey(struct request *request, size_t *ret_counts)
+{
+	uint32_t longest;
+	int64_t n = open_eviction(request, &longest);
+
+	*ret_counts = request->space->device.compute->lane->eviction.counted;
+	return n < 0 ? (int)n : 0;
+}
+
+CUresult cuda_count(const struct request *request)
+{
+	const struct compute_device *device = request->space->device.compute;
+	const struct cuda_eviction *eviction = &device->lane->eviction;
+	const struct kvg_cuda_area area = cuda_area(request->space);
+	CUresult result = kvg_cuda_evict_count(device->kernels->evict, &area, &eviction->rows, &eviction->scope,
+		&eviction->kept, &eviction->counts, device->stream);
+
+	return result == CUDA_SUCCESS ? read_counts(device) : result;
 }
 
 /* ---- MOVE ---- */

@@ -48,6 +48,16 @@ static void window_deinit(const struct kvg_cuda_driver *driver, struct cuda_wind
 		(void)driver->cuMemFreeHost(window->upload);
 }
 
+/* Kernels use the addresses of registered host memory as they are. */
+static CUresult check_pointers(const struct kvg_cuda *cuda)
+{
+	int same = 0;
+	CUresult result = cuda->driver->cuDeviceGetAttribute(
+		&same, CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, cuda->device);
+
+	return result == CUDA_SUCCESS && !same ? CUDA_ERROR_NOT_SUPPORTED : result;
+}
+
 static CUresult link_init(struct cuda_link *link)
 {
 	const struct kvg_cuda_driver *driver = link->cuda->driver;
@@ -55,6 +65,8 @@ static CUresult link_init(struct cuda_link *link)
 	int least = 0, greatest = 0;
 	CUresult result = driver->cuCtxGetStreamPriorityRange(&least, &greatest);
 
+	if (result == CUDA_SUCCESS)
+		result = check_pointers(link->cuda);
 	for (size_t i = 0; result == CUDA_SUCCESS && i < sizeof(streams) / sizeof(*streams); i++)
 		result = driver->cuStreamCreateWithPriority(streams[i], CU_STREAM_NON_BLOCKING, least);
 	for (size_t i = 0; result == CUDA_SUCCESS && i < WINDOWS; i++)
@@ -233,12 +245,13 @@ static bool over(struct cuda_transfer *transfer)
 	int r = transfer->status;
 
 	if (r >= 0 && transfer->finish)
-		r = transfer->finish(request);
+		r = transfer->finish(transfer);
 	if (r < 0)
 		request->job_status = r;
 	list_remove(&transfer->node);
 	request->transfer = NULL;
-	free(transfer->data);
+	if (transfer->release)
+		transfer->release(transfer->data);
 	free(transfer);
 	return true;
 }

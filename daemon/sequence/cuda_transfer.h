@@ -57,9 +57,10 @@ struct cuda_transfer {
 	 * those under way are over; or another negative errno.
 	 */
 	int (*next)(struct cuda_transfer *transfer, struct cuda_window *window);
-	int (*finish)(struct request *request); /* when all are over; or NULL */
+	int (*finish)(struct cuda_transfer *transfer); /* when all are over; or NULL */
 	/* The operation's. */
-	void *data; /* freed at the end */
+	void *data;
+	void (*release)(void *data); /* at the end; or NULL */
 	uint64_t done, total;
 };
 

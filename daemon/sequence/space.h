@@ -30,6 +30,7 @@ struct compute_device;
 struct cuda_lane;
 struct context;
 struct mapping;
+struct cuda_transfer;
 struct retain;
 
 struct sequence {
@@ -85,7 +86,8 @@ struct request {
 	int (*finish)(struct request *); /* set by launch(): what is left when its work is done */
 	void (*after)(struct request *);
 	bool launched;
-	struct cuda_lane *lane; /* see cuda.h */
+	struct cuda_lane *lane;         /* see cuda.h */
+	struct cuda_transfer *transfer; /* see cuda_transfer.h */
 	int job_status;
 	uint64_t deadline_ns, asked_ns; /* of a wait: when it ends, and when its event was asked for */
 	bool happened;                  /* its event */
