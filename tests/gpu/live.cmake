@@ -1,8 +1,8 @@
-# Tests with a real kvgated of the kind cuda: gpu/parity, gpu/workers, gpu/isolation, gpu/mps, and some seconds of churn.
+# Tests with a real kvgated of the kind cuda: gpu/parity, gpu/workers, gpu/isolation, gpu/mps, gpu/tiers, and some seconds of churn.
 add_library(gpu_live STATIC live.c "${PROJECT_SOURCE_DIR}/tools/bench/service.c")
 target_link_libraries(gpu_live PUBLIC integration bench_content kvg_cuda)
 
-foreach(name parity workers isolation mps)
+foreach(name parity workers isolation mps tiers)
   add_executable("gpu_${name}" "live_${name}.c")
   target_link_libraries("gpu_${name}" PRIVATE gpu_live)
   target_compile_definitions("gpu_${name}" PRIVATE "KVG_BIN_ROLE=\"$<TARGET_FILE:integration_role>\"")
