@@ -1,7 +1,7 @@
-# What works with a live daemon: churn, tier, insitu, timeline. bench_content is shared with tests/gpu.
+# What works with a live daemon: churn, tier, tiers, insitu, timeline. bench_content is shared with tests/gpu.
 add_library(bench_content STATIC content.c)
 target_link_libraries(bench_content PUBLIC kvgate kvg_kernels)
-target_sources(kvgate-bench PRIVATE churn.c churn_worker.c service.c tier.c)
+target_sources(kvgate-bench PRIVATE churn.c churn_worker.c service.c tier.c tiers.c)
 target_link_libraries(kvgate-bench PRIVATE bench_content)
 
 if(TARGET kvg_cuda)
@@ -23,7 +23,7 @@ if(TARGET kvg_cuda)
   target_sources(bench_content PRIVATE synthetic.c)
   target_compile_definitions(bench_content PRIVATE "SYNTHETIC_IMAGE=\"${fatbin}\"")
   target_link_libraries(bench_content PUBLIC kvg_cuda)
-  target_sources(kvgate-bench PRIVATE insitu.c insitu_model.c insitu_rounds.c insitu_worker.c timeline.c)
+  target_sources(kvgate-bench PRIVATE insitu.c insitu_model.c insitu_rounds.c insitu_worker.c tiers_gpu.c timeline.c)
 else()
   target_sources(kvgate-bench PRIVATE no_live.c)
 endif()

@@ -3,6 +3,7 @@
 #include "tools/bench/insitu.h"
 #include "tools/bench/ipc.h"
 #include "tools/bench/tier.h"
+#include "tools/bench/tiers.h"
 
 #include <cblas.h>
 #include <stdio.h>
@@ -29,6 +30,7 @@ static const struct command commands[] = {
 	{"insitu", "[--sequences N] ...", "what scoring and eviction cost a worker that decodes", bench_insitu},
 	{"timeline", "[--json F] [--svg F]", "that a worker's stream meets its evictions without its CPU",
 		bench_timeline},
+	{"tiers", "[--kind K] ...", "what moves between the tiers, and sharing contexts, cost a worker", bench_tiers},
 	{"engines", "[--part P] ...", "transformers on kvgate, beside its own cache and masks (PyTorch)",
 		bench_engines},
 };
