@@ -33,10 +33,11 @@ extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS)
 		if (args.pairs != KVG_CUDA_PAIRS_LEFT && lane < KVG_CUDA_PLACES)
 			reinterpret_cast<uint2 *>(evict_pairs(args.at, at.dst))[lane] =
 				pair_after_copy(args.pairs, evict_pairs(args.at, at.src) + lane);
-		evict_copy_warp(
-			lane, area.k_bytes + area.v_bytes,
-			[&](uint32_t n) { return evict_block_vector(area, at.src, n); },
-			[&](uint32_t n) { return evict_block_vector(area, at.dst, n); });
+		if (at.src != at.dst)
+			evict_copy_warp(
+				lane, area.k_bytes + area.v_bytes,
+				[&](uint32_t n) { return evict_block_vector(area, at.src, n); },
+				[&](uint32_t n) { return evict_block_vector(area, at.dst, n); });
 	}
 }
 

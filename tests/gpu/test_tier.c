@@ -39,11 +39,14 @@ static void check_blocks(struct arena *arena, uint32_t count, enum kvg_cuda_bloc
 	const struct kvg_cuda_area *area = &arena->host;
 
 	for (uint32_t i = 0; i < count; i++) {
+		/* A source may have several destinations, and be one itself: then of itself. */
 		list[i] = (struct kvg_cuda_relocation){arena->free_ids[random_below(&rng, count)],
-			arena->free_ids[count + i]}; /* a source may have several destinations */
-		memcpy(area->k_base + list[i].dst * area->stride, area->k_base + list[i].src * area->stride,
+			arena->free_ids[pairs == KVG_CUDA_PAIRS_FRESH && i % 3 == 0 ? i : count + i]};
+		if (pairs == KVG_CUDA_PAIRS_FRESH && i % 3 == 0)
+			list[i].src = list[i].dst;
+		memmove(area->k_base + list[i].dst * area->stride, area->k_base + list[i].src * area->stride,
 			(size_t)16 * area->k_bytes);
-		memcpy(area->v_base + list[i].dst * area->stride, area->v_base + list[i].src * area->stride,
+		memmove(area->v_base + list[i].dst * area->stride, area->v_base + list[i].src * area->stride,
 			(size_t)16 * area->v_bytes);
 		for (uint32_t place = 0; place < 16; place++) {
 			struct kvg_cuda_pair *pair = pair_at(area, &list[i].dst, place);
