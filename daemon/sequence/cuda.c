@@ -452,6 +452,7 @@ const struct compute_ops compute_cuda = {
 	.evictions = META_RECORDS,
 	.creates_ahead = true,
 	.score = cuda_score,
+	.copy = cuda_copy,
 	.unload = cuda_copy_image,
 	.load = cuda_copy_image,
 	.publish = cuda_publish,

@@ -111,6 +111,9 @@ int cuda_status(const struct compute_device *device, CUresult result, const char
 /* Blocks first .. first + count - 1 of a row: held ones, then those of nursery runs. */
 void cuda_row_blocks(const struct sequence *sequence, uint32_t row, uint32_t first, uint32_t count, uint32_t *ids);
 
+/* Blocks of the context that a row begins with. Returns how many. */
+uint32_t cuda_context_blocks(const struct sequence *sequence, uint32_t row, uint32_t *ids);
+
 /* Where the worker's blocks and their pairs lie. */
 struct kvg_cuda_area cuda_area(const struct space *space);
 
@@ -124,12 +127,13 @@ int cuda_survey(struct request *request, size_t *ret_counts);
 CUresult cuda_count(const struct request *request);
 void cuda_take_counts(const struct request *request);
 
-/* cuda_evict.c, cuda_score.c, cuda_tier.c, cuda_retain.c: see compute.h. */
+/* cuda_evict.c, cuda_score.c, cuda_tier.c, cuda_retain.c, cuda_context.c: see compute.h. */
 int cuda_select(struct request *request);
 int cuda_mark(struct request *request);
 int cuda_move(struct request *request);
 int cuda_score(struct request *request);
 int cuda_publish(struct request *request);
+int cuda_copy(struct request *request);
 int cuda_copy_image(struct request *request);
 int cuda_pack(struct request *request);
 int cuda_recall(struct request *request);

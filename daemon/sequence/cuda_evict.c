@@ -451,17 +451,31 @@ static void fill_new(
 	}
 }
 
-/* The table's entries as they will be when the step is published; the packed ids are the same. */
-static void fill_published(
-	const struct evict *evict, const struct kvg_cuda_table_row *new, uint32_t rows, struct kvg_cuda_table_row *at)
+/*
+ * From the row's own blocks and pairs to the table's, where those of the sequence's context come first. with: so many
+ * of the context's blocks come before the packed ids, and are written, too.
+ */
+static void shift_row(const struct sequence *sequence, uint32_t row, uint32_t with, struct kvg_cuda_table_row *at)
 {
-	for (uint32_t row = 0; row < rows; row++) {
+	uint32_t shared = sequence_shared(sequence, row);
+
+	at->first += shared - with;
+	at->count += with;
+	at->base_len += shared * KVG_BLOCK_TOKENS;
+}
+
+/* The table's entries as they will be when the step is published; the packed ids are the same. */
+static void fill_published(const struct sequence *sequence, const struct evict *evict,
+	const struct kvg_cuda_table_row *new, struct kvg_cuda_table_row *at)
+{
+	for (uint32_t row = 0; row < sequence->space->rows; row++) {
 		const struct meta_redo_row *redo = &evict->record->rows[row];
 
 		at[row] = (struct kvg_cuda_table_row){.first = new[row].first,
 			.count = redo->held_blocks > new[row].first ? redo->held_blocks - new[row].first : 0,
 			.offset = new[row].offset,
 			.base_len = redo->held_len};
+		shift_row(sequence, row, 0, &at[row]);
 	}
 }
 
@@ -562,7 +576,7 @@ static int send_step(const struct request *request, uint32_t *ids, struct step *
 	step->compaction.tiles = fill_compaction(evict, evict->record->redo, rows, (void *)words);
 	if (evict->publishes) {
 		step->published = (const void *)parcel_words(&parcel, (size_t)rows * 4, &words);
-		fill_published(evict, (const void *)new_rows, rows, (void *)words);
+		fill_published(request->sequence, evict, (const void *)new_rows, (void *)words);
 	}
 	return parcel_send(device, &parcel);
 }
@@ -660,7 +674,7 @@ static int send_table(
 	int r;
 
 	for (uint32_t row = 0; row < rows; row++)
-		count += published(request, row).count;
+		count += published(request, row).count + (request->publish.shared ? sequence_shared(sequence, row) : 0);
 	r = parcel_open(device, CUDA_INPUT, (size_t)rows * 4 + count, 2, &parcel);
 	if (r < 0)
 		return r;
@@ -668,9 +682,12 @@ static int send_table(
 	*ret_packed = parcel_words(&parcel, count, &packed);
 	at = (void *)words;
 	for (uint32_t row = 0, offset = 0; row < rows; offset += at[row++].count) {
+		uint32_t shared = request->publish.shared ? cuda_context_blocks(sequence, row, packed + offset) : 0;
+
 		at[row] = published(request, row);
 		at[row].offset = offset;
-		cuda_row_blocks(sequence, row, at[row].first, at[row].count, packed + offset);
+		cuda_row_blocks(sequence, row, at[row].first, at[row].count, packed + offset + shared);
+		shift_row(sequence, row, shared, &at[row]);
 	}
 	return parcel_send(device, &parcel);
 }
