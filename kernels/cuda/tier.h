@@ -21,8 +21,8 @@ struct kvg_cuda_tier *kvg_cuda_tier_new(const struct kvg_cuda *cuda, CUresult *r
 struct kvg_cuda_tier *kvg_cuda_tier_free(struct kvg_cuda_tier *tier);
 
 /*
- * Copies K and V of whole blocks. blocks: device, [count]; none is a destination twice, and one that is a destination is
- * a source only of itself, which leaves K and V alone, and of others then.
+ * Copies K and V of whole blocks. blocks: device, [count]; none is a destination twice, and one that is a destination
+ * is a source only of itself, which leaves K and V alone, and of others then.
  */
 CUresult kvg_cuda_tier_blocks(const struct kvg_cuda_tier *tier, const struct kvg_cuda_area *area,
 	const struct kvg_cuda_relocation *blocks, uint32_t count, enum kvg_cuda_block_pairs pairs, uint32_t grid,

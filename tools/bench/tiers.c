@@ -227,9 +227,7 @@ static int open_all(struct tiers *tiers)
 		r = tiers->cuda ? tiers_gpu_rates(tiers->gpu, HALF, &tiers->rates) : host_rates(&tiers->rates);
 	if (r == 0)
 		r = start_service(tiers);
-	if (r == 0)
-		r = open_client(tiers, &tiers->client);
-	return r == 0 ? open_client(tiers, &tiers->other) : r;
+	return r == 0 ? open_client(tiers, &tiers->client) : r;
 }
 
 static int close_all(struct tiers *tiers)
@@ -348,7 +346,11 @@ static int share(struct tiers *tiers, uint8_t number)
 		return report(tiers->client, kvg_free(tiers->client, seq), "free");
 	}
 	note(tiers, PUBLISH, start, (double)bytes_of(tiers, tiers->tokens - 7));
-	r = attach(tiers, tiers->other, key, ATTACH_OTHER);
+	/* It does not stay: whoever is not in a call of the library does not unmap what the daemon wants back. */
+	r = open_client(tiers, &tiers->other);
+	if (r == 0)
+		r = attach(tiers, tiers->other, key, ATTACH_OTHER);
+	tiers->other = kvg_close(tiers->other);
 	if (r == 0)
 		r = attach(tiers, tiers->client, key, ATTACH);
 	start = service_seconds();
