@@ -3,8 +3,9 @@
  * model and attention over kvgate's tables, a CUDA graph for each step; in every second round its rows are
  * also gathered and staged, and each sequence is evicted to its budget every 128 tokens. Events of different sequences
  * are spread over the steps, and a sequence sits out the steps that its own takes, as in an engine with continuous
- * batching; with --together all have theirs at once, and the step waits. Both kinds of round read rows of the same
- * lengths: in those without, the counters of appended tokens are set back every 128 tokens.
+ * batching; with --together all have theirs at once, and the step waits. With --transfers those rounds have neither,
+ * but a second worker beside it whose sequence goes to the host tier and back without end. Both kinds of round read
+ * rows of the same lengths: in those without, the counters of appended tokens are set back every 128 tokens.
  */
 #include "tools/bench/insitu.h"
 
@@ -96,7 +97,7 @@ static int capture(struct insitu *s, bool with)
 
 	if (r < 0)
 		return r;
-	r = enqueue_step(s, with);
+	r = enqueue_step(s, with && !s->transfers);
 	result = insitu_driver(s)->cuStreamEndCapture(stream, &graph);
 	if (r == 0 && result == CUDA_SUCCESS)
 		result = insitu_driver(s)->cuGraphInstantiate(&s->graphs[with], graph, 0);
@@ -210,8 +211,10 @@ static int make_rows(struct insitu *s)
 
 static int run(struct insitu *s)
 {
-	int r = rig_open(&s->rig, &s->options);
+	int r = s->transfers ? neighbour_fork(&s->neighbour, s->options.device, s->options.layers) : 0;
 
+	if (r == 0)
+		r = rig_open(&s->rig, &s->options);
 	if (r == 0)
 		r = begin_sequences(s);
 	if (r == 0)
@@ -224,6 +227,8 @@ static int run(struct insitu *s)
 		r = capture(s, i != 0);
 	if (r == 0)
 		r = rig_driver(&s->rig, insitu_driver(s)->cuEventCreate(&s->step, CU_EVENT_DISABLE_TIMING), "event");
+	if (r == 0 && s->transfers)
+		r = neighbour_open(&s->neighbour, &s->rig.service);
 	return r == 0 ? insitu_rounds(s) : r;
 }
 
@@ -272,6 +277,9 @@ static void report(const struct insitu *s)
 
 	(void)json_object_update(json, results);
 	json_decref(results);
+	if (s->transfers)
+		(void)json_object_set_new(json, "transfer_bytes_per_second",
+			json_real(s->neighbour.seconds > 0 ? s->neighbour.bytes / s->neighbour.seconds : 0));
 	(void)json_dumpf(json, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(6));
 	(void)fputc('\n', stdout);
 	json_decref(json);
@@ -283,11 +291,11 @@ static int parse(int argc, char **argv, struct insitu *s)
 {
 	static const struct option options[] = {{"sequences", required_argument, NULL, 'n'},
 		{"mps", no_argument, NULL, 'm'}, {"together", no_argument, NULL, 't'},
-		{"preact", no_argument, NULL, 'p'}, {"rounds", required_argument, NULL, 'r'},
-		{"events", required_argument, NULL, 'e'}, {"layers", required_argument, NULL, 'l'},
-		{"budget", required_argument, NULL, 'b'}, {"extent", required_argument, NULL, 'x'},
-		{"device", required_argument, NULL, 'd'}, {"kvgated", required_argument, NULL, 'g'},
-		{NULL, 0, NULL, 0}};
+		{"transfers", no_argument, NULL, 'f'}, {"preact", no_argument, NULL, 'p'},
+		{"rounds", required_argument, NULL, 'r'}, {"events", required_argument, NULL, 'e'},
+		{"layers", required_argument, NULL, 'l'}, {"budget", required_argument, NULL, 'b'},
+		{"extent", required_argument, NULL, 'x'}, {"device", required_argument, NULL, 'd'},
+		{"kvgated", required_argument, NULL, 'g'}, {NULL, 0, NULL, 0}};
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", options, NULL)) >= 0) {
@@ -297,6 +305,8 @@ static int parse(int argc, char **argv, struct insitu *s)
 			s->mps = true;
 		else if (option == 't')
 			s->together = true;
+		else if (option == 'f')
+			s->transfers = true;
 		else if (option == 'p')
 			s->options.wide = true;
 		else if (option == 'r')
@@ -316,9 +326,10 @@ static int parse(int argc, char **argv, struct insitu *s)
 		else
 			return BENCH_USAGE;
 	}
-	if (optind == argc && s->options.sequences >= 1 && s->options.sequences <= INSITU_SEQUENCES && s->rounds >= 1 &&
-		s->rounds <= INSITU_ROUNDS_MAX && s->events >= 1 && s->options.layers >= 2 &&
-		s->options.layers <= MODEL_LAYERS && s->budget >= INSITU_EVENT && s->budget <= INSITU_BUDGET_MAX)
+	if (optind == argc && !(s->transfers && s->together) && s->options.sequences >= 1 &&
+		s->options.sequences <= INSITU_SEQUENCES && s->rounds >= 1 && s->rounds <= INSITU_ROUNDS_MAX &&
+		s->events >= 1 && s->options.layers >= 2 && s->options.layers <= MODEL_LAYERS &&
+		s->budget >= INSITU_EVENT && s->budget <= INSITU_BUDGET_MAX)
 		return BENCH_OK;
 	return BENCH_USAGE;
 }
@@ -331,6 +342,10 @@ static void derive(struct insitu *s)
 	s->options.max_tokens = s->budget + (s->rounds * s->events + 4) * INSITU_EVENT;
 	/* The budget, a stripe of new tokens, spare ones for moves, and what is left over in extents. */
 	s->options.pool = ((uint64_t)1 << 30) + s->options.sequences * (s->budget + 8 * INSITU_EVENT) * pair;
+	if (s->transfers) {
+		s->options.host = neighbour_bytes(s->options.layers) + ((uint64_t)64 << 20);
+		s->options.pool += 2 * s->options.host;
+	}
 }
 
 static int run_and_report(void *user)
@@ -340,6 +355,7 @@ static int run_and_report(void *user)
 
 	if (r == 0)
 		report(s);
+	neighbour_close(&s->neighbour);
 	return rig_close(&s->rig) < 0 ? -EIO : r;
 }
 
@@ -356,8 +372,8 @@ int bench_insitu(int argc, char **argv)
 		.budget = INSITU_BUDGET};
 	if (parse(argc, argv, s) != BENCH_OK) {
 		(void)fprintf(stderr,
-			"usage: kvgate-bench insitu [--sequences 1..%u] [--mps] [--together] [--preact] [--rounds N] "
-			"[--events N]\n"
+			"usage: kvgate-bench insitu [--sequences 1..%u] [--mps] [--together | --transfers] [--preact] "
+			"[--rounds N] [--events N]\n"
 			"                           [--budget %u..%u] [--layers 2..%u] [--extent SIZE] "
 			"[--device N] [--kvgated PROGRAM]\n",
 			INSITU_SEQUENCES, INSITU_EVENT, INSITU_BUDGET_MAX, MODEL_LAYERS);

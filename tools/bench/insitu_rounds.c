@@ -212,7 +212,7 @@ static int run_due(struct insitu *s, bool with, const uint32_t *place)
 
 		if (!due || sequence->away || !sequence->since)
 			continue;
-		r = with ? send_away(s, i) : set_back(s, i);
+		r = with && !s->transfers ? send_away(s, i) : set_back(s, i);
 	}
 	return r;
 }
@@ -231,7 +231,7 @@ static int run_spread(struct insitu *s, bool with, bool warm_up, uint64_t *token
 		if (r == 0)
 			r = run_due(s, with, warm_up ? &step : NULL);
 	}
-	if (with)
+	if (with && !s->transfers)
 		return r == 0 ? reap_all(s) : r;
 	for (uint32_t i = 0; r == 0 && i < s->options.sequences; i++) {
 		s->sequences[i].since = before[i];
@@ -256,7 +256,7 @@ static int run_together(struct insitu *s, bool with, bool warm_up, uint64_t *tok
 }
 
 /* Tokens a second. */
-static int run_round(struct insitu *s, bool with, bool warm_up, double *ret)
+static int time_round(struct insitu *s, bool with, bool warm_up, double *ret)
 {
 	CUstream stream = s->rig.synthetic->stream;
 	int r = rig_driver(&s->rig, insitu_driver(s)->cuStreamSynchronize(stream), "stream");
@@ -271,6 +271,18 @@ static int run_round(struct insitu *s, bool with, bool warm_up, double *ret)
 	return r;
 }
 
+static int run_round(struct insitu *s, bool with, bool warm_up, double *ret)
+{
+	int r = with && s->transfers ? neighbour_go(&s->neighbour) : 0, stopped = 0;
+
+	if (r < 0)
+		return r;
+	r = time_round(s, with, warm_up, ret);
+	if (with && s->transfers)
+		stopped = neighbour_stop(&s->neighbour);
+	return r < 0 ? r : stopped;
+}
+
 int insitu_rounds(struct insitu *s)
 {
 	double unused;
@@ -280,6 +292,7 @@ int insitu_rounds(struct insitu *s)
 		r = run_round(s, false, true, &unused);
 	s->pairs_dropped = s->evictions = s->sat_out = 0;
 	s->away_seconds = 0;
+	s->neighbour.bytes = s->neighbour.seconds = 0;
 	for (uint32_t i = 0; r == 0 && i < s->rounds; i++) {
 		bool first = i % 2; /* neither always comes after the other */
 

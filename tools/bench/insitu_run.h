@@ -5,6 +5,7 @@
 #ifndef KVG_BENCH_INSITU_RUN_H
 #define KVG_BENCH_INSITU_RUN_H
 
+#include "tools/bench/insitu_neighbour.h"
 #include "tools/bench/insitu_worker.h"
 
 #define INSITU_EVENT      128u  /* tokens between a sequence's evictions */
@@ -27,6 +28,8 @@ struct insitu {
 	uint32_t rounds, events; /* a round has events * INSITU_EVENT steps */
 	bool mps;
 	uint32_t budget;
+	bool transfers; /* rounds "with" have a neighbour that offloads and restores, and no scoring and eviction */
+	struct neighbour neighbour;
 	bool together; /* all sequences are evicted at the same step, which waits for them */
 	struct insitu_sequence sequences[INSITU_SEQUENCES];
 	CUdeviceptr slots; /* uint32 [sequences]; KVG_CUDA_NO_SLOT: sits out */

@@ -85,9 +85,10 @@ static int start_service(struct rig *rig, const struct rig_options *options)
 	if (options->extent)
 		(void)snprintf(extent, sizeof(extent), "extent_size = %llu\n", (unsigned long long)options->extent);
 	(void)snprintf(config, sizeof(config),
-		"[pool]\nkind = cuda\ndevice.index = %d\ndevice.size = %llu\n%s[daemon]\nwait_ms = %d\n"
+		"[pool]\nkind = cuda\ndevice.index = %d\ndevice.size = %llu\nhost.size = %llu\n%s[daemon]\nwait_ms = "
+		"%d\n"
 		"[tenant a]\nsocket = a.sock\nipc = yes\n",
-		options->device, (unsigned long long)options->pool, extent, WAIT_MS);
+		options->device, (unsigned long long)options->pool, (unsigned long long)options->host, extent, WAIT_MS);
 	r = service_start(&rig->service, options->kvgated, config);
 	return r < 0 ? r : service_status(&rig->service, &rig->status);
 }

@@ -19,6 +19,7 @@ struct rig_options {
 	uint32_t layers, sequences, rows;
 	uint32_t max_tokens;
 	uint64_t pool, extent; /* bytes; extent 0: the daemon's default */
+	uint64_t host;         /* bytes of the host tier; 0: none */
 };
 
 struct rig {
