@@ -107,7 +107,7 @@ uint32_t blocks_missing(const struct block_space *space, const struct block_owne
 	uint64_t extents = own_extents(rest, ahead, each);
 
 	rest = rest > extents * each ? rest - extents * each : 0;
-	if (rest > space->shared.free_units[generation])
+	if (rest > (owner == &space->shared ? 0 : space->shared.free_units[generation]))
 		extents++;
 	spare = spare > withheld ? spare - withheld : 0;
 	return extents > spare ? (uint32_t)(extents - spare) : 0;
@@ -189,6 +189,7 @@ static void open_spare(struct block_space *space, struct block_owner *owner, uns
 {
 	struct extent *extent = list_entry(list_pop(&space->spare), struct extent, node);
 
+	assert(space->spare_count > 0);
 	space->spare_count--;
 	list_add_tail(&space->extents, &extent->node);
 	extent->hint = 0;

@@ -93,6 +93,7 @@ static void gather_tails(struct request *request)
 	uint32_t n = 0, others = space->blocks.spare_count - keep_usable(sequence);
 
 	if (!tails_are_scattered(sequence) ||
+		blocks_free_anywhere(&space->blocks) < sequence->tails + space->evict_reserve ||
 		blocks_missing(&space->blocks, &space->blocks.shared, META_HELD, sequence->tails, 0, others) ||
 		block_copy_init(copy, sequence->tails, sequence->tails) < 0) {
 		published(request);

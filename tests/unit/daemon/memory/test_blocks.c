@@ -458,6 +458,23 @@ static void test_places(void **state)
 	give_all(f, 0);
 }
 
+/* What nobody owns has its room once: it is not there again as what others leave. */
+static void test_shared_room_counts_once(void **state)
+{
+	struct fixture *f = *state;
+	uint32_t ids[EACH + 5];
+
+	add_extents(f, 1);
+	blocks_take(&f->space, &f->space.shared, META_HELD, EACH - 10, 0, ids);
+	assert_int_equal(blocks_missing(&f->space, &f->space.shared, META_HELD, 10, 0, 0), 0);
+	assert_int_equal(blocks_missing(&f->space, &f->space.shared, META_HELD, 15, 0, 0), 1);
+	add_extents(f, 1);
+	assert_int_equal(blocks_missing(&f->space, &f->space.shared, META_HELD, 15, 0, 0), 0);
+	blocks_take(&f->space, &f->space.shared, META_HELD, 15, 0, ids + EACH - 10);
+	for (uint32_t i = 0; i < EACH + 5; i++)
+		blocks_give(&f->space, ids[i]);
+}
+
 #define BLOCKS_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -473,6 +490,7 @@ int main(void)
 		BLOCKS_TEST(test_take_runs_anywhere),
 		BLOCKS_TEST(test_closed_extents_give_nothing),
 		BLOCKS_TEST(test_places),
+		BLOCKS_TEST(test_shared_room_counts_once),
 	};
 
 	return runner_run("blocks", tests, sizeof(tests) / sizeof(tests[0]));
