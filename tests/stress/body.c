@@ -101,8 +101,19 @@ void body_cut(struct body_kv *kv, struct body *body, uint32_t pos)
 
 /* ---- reading ---- */
 
+void body_note(struct body *body, enum stress_op op)
+{
+	body->past[body->past_count++ % BODY_PAST] = (uint8_t)(op + 1);
+}
+
 static int complain(const struct body *body, uint32_t row, uint32_t at, const char *what)
 {
+	for (uint32_t i = 0; i < BODY_PAST; i++) {
+		uint8_t op = body->past[(body->past_count + i) % BODY_PAST];
+
+		if (op)
+			(void)fprintf(stderr, "%s ", stress_op_name(op - 1));
+	}
 	(void)fprintf(stderr, "worker %d: sequence %" PRIx64 " of %u tokens (%u folded, %u shared), row %u, %u: %s\n",
 		(int)getpid(), body->seq, body->pos, body->fold_pos, body->shared, row, at, what);
 	return -EBADMSG;

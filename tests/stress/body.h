@@ -17,6 +17,7 @@
 #include "tests/stress/stress.h"
 
 #define BODY_WORDS (STRESS_TOKENS / 32)
+#define BODY_PAST  12u
 
 /* Positions that rows hold: bit p % 32 of word p / 32. */
 typedef uint32_t body_bits[STRESS_ROWS][BODY_WORDS];
@@ -36,6 +37,8 @@ struct body {
 	uint32_t protect_begin, protect_end;
 	uint32_t tag[STRESS_TOKENS];
 	body_bits held;
+	uint8_t past[BODY_PAST]; /* what was done last: enum stress_op + 1, newest at past_count - 1 (modulo) */
+	uint32_t past_count;
 	body_bits gone; /* dropped by evictions, so that a recall may bring them back */
 };
 
@@ -59,6 +62,9 @@ int body_open(struct body_kv *kv, struct kvg_client *client, const struct kvg_la
 
 /* Writes the `count` tokens after the committed ones, which are reserved, in all rows, and makes them the body's. */
 int body_write(struct body_kv *kv, struct body *body, uint32_t count, uint32_t tag);
+
+/* Remembers what was done, for complaints. */
+void body_note(struct body *body, enum stress_op op);
 
 /* Forgets tokens from pos on. */
 void body_cut(struct body_kv *kv, struct body *body, uint32_t pos);

@@ -1,7 +1,8 @@
 /*
  * How much of its speed a tenant keeps: a steady worker of the first tenant, within its min, alone on the daemon and
  * beside the war of the other two, in turns. The neighbours think between their operations, so that the CPUs, which
- * are nobody's budget, do not decide; who waited for one is reported beside the rates.
+ * are nobody's budget, do not decide, and neither the daemon nor the steady worker spins; who waited for a CPU is
+ * reported beside the rates.
  */
 #include <dirent.h>
 #include <inttypes.h>

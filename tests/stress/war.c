@@ -35,8 +35,8 @@ static void configure(const struct stress_options *options, char *ret, size_t si
 
 	(void)snprintf(ret, size,
 		"[pool]\ndevice.size = %" PRIu64 "\nextent_size = 256K\nhost.size = %" PRIu64
-		"\n[daemon]\npressure_ms = %u\n",
-		options->pool, options->pool, PRESSURE_MS);
+		"\n[daemon]\npressure_ms = %u\n%s",
+		options->pool, options->pool, PRESSURE_MS, options->rounds ? "spin_us = 0\n" : "");
 	for (unsigned i = 0; i < STRESS_TENANTS; i++) {
 		used = strlen(ret);
 		(void)snprintf(ret + used, size - used,

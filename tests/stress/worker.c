@@ -305,6 +305,7 @@ static int attach(struct worker *w, struct body *body)
 	if (r)
 		return r;
 	begin_body(body, seq, &policy);
+	body_note(body, OP_ATTACH);
 	return attached(w, body, context, version, info.tokens);
 }
 
@@ -334,6 +335,7 @@ static int publish(struct worker *w, struct body *body)
 	memcpy(context->tag, body->tag, sizeof(context->tag));
 	memcpy(context->held, body->held, sizeof(context->held));
 	make_key(number, key);
+	body_note(body, OP_PUBLISH);
 	ask(w, OP_PUBLISH);
 	r = answer(w, OP_PUBLISH, kvg_publish(w->client, body->seq, key, &info));
 	if (r)
@@ -361,13 +363,17 @@ static int fork_body(struct worker *w, struct body *body)
 
 	if (!child)
 		return DECLINED;
+	body_note(body, OP_FORK);
 	ask(w, OP_FORK);
 	r = answer(w, OP_FORK, kvg_fork(w->client, body->seq, 1, &seq));
 	if (r)
 		return r;
-	body->shared = body->fixed = body->fold_pos = body->pos;
 	*child = *body;
 	child->seq = seq;
+	child->shared = child->fixed = child->fold_pos = child->pos;
+	/* A sequence that has no full block of its own shares no more than before. */
+	if (w->kv.view.slots[(uint32_t)body->seq].shared_pos == body->pos)
+		body->shared = body->fixed = body->fold_pos = body->pos;
 	r = check(w, body, BODY_SAME, NULL);
 	return r ? r : check(w, child, BODY_SAME, NULL);
 }
@@ -400,6 +406,7 @@ static int write_tokens(struct worker *w, struct body *body, uint32_t count)
 	r = stage(w, body, count);
 	if (r)
 		return r;
+	body_note(body, OP_COMMIT);
 	ask(w, OP_COMMIT);
 	r = answer(w, OP_COMMIT, kvg_commit(w->client, body->seq, count));
 	w->counts->tokens += r == 0 ? count : 0;
@@ -411,6 +418,7 @@ static int feed(struct worker *w, struct body *body)
 	uint32_t left = body->boundary - body->pos, count = between(w, 1, left < FEED_MAX ? left : FEED_MAX);
 	int r;
 
+	body_note(body, OP_RESERVE);
 	ask(w, OP_RESERVE);
 	r = answer(w, OP_RESERVE, kvg_reserve(w->client, body->seq, count));
 	if (r == -ENOSPC && w->kv.view.slots[(uint32_t)body->seq].reserved_pos >= body->pos + count)
@@ -446,6 +454,7 @@ static int evict(struct worker *w, struct body *body)
 	struct kvg_evict_result result;
 	int r;
 
+	body_note(body, op);
 	ask(w, op);
 	r = answer(w, op,
 		chance(w, 30) ? evict_in_halves(w, body, mode, &result)
@@ -465,6 +474,7 @@ static int truncate_body(struct worker *w, struct body *body)
 	int r;
 
 	ask(w, OP_TRUNCATE);
+	body_note(body, OP_TRUNCATE);
 	r = answer(w, OP_TRUNCATE, kvg_truncate(w->client, body->seq, pos));
 	if (r == 0)
 		body_cut(&w->kv, body, pos);
@@ -482,6 +492,7 @@ static int recall(struct worker *w, struct body *body)
 		r = kvg_recall_budget(w->client, body->seq, body->pos / between(w, 1, 4), &result);
 	else if (r == 0)
 		r = kvg_recall(w->client, body->seq, 0.2 * between(w, 1, 5), &result);
+	body_note(body, OP_RECALL);
 	r = answer(w, OP_RECALL, r);
 	if (r)
 		return r;
@@ -512,6 +523,7 @@ static int bring_back(struct worker *w, struct body *body)
 	bool reserve = chance(w, 40) && body->pos + 1 <= last_end(body);
 	int r;
 
+	body_note(body, OP_RESTORE);
 	ask(w, OP_RESTORE);
 	r = answer(w, OP_RESTORE, reserve ? kvg_reserve(w->client, body->seq, 1) : kvg_restore(w->client, body->seq));
 	if (r)
