@@ -62,7 +62,7 @@ static struct mapping *map_context(struct space *space, struct context *context)
 	return send_extents(space, context) < 0 ? NULL : mapping;
 }
 
-/* Asks the worker to unmap; the mapping waits for its answer. */
+/* Asks the worker to unmap; the mapping waits for its answer, if there is something to unmap. */
 static void drop_mapping(struct mapping *mapping)
 {
 	struct space *space = mapping->space;
@@ -71,6 +71,13 @@ static void drop_mapping(struct mapping *mapping)
 
 	HASH_DEL(space->mappings, mapping);
 	list_remove(&mapping->node);
+	if (!space->mappings)
+		space->most_tails = 0;
+	if (node == extents) {
+		mapping->context->mapped--;
+		free(mapping);
+		return;
+	}
 	while (node != extents) {
 		uint32_t count = 0;
 
@@ -79,8 +86,6 @@ static void drop_mapping(struct mapping *mapping)
 		mapping->event = space->dropped_event = space->ops->extents_dropped(space->user, slots, count);
 	}
 	list_add_tail(&space->unmapping, &mapping->node);
-	if (!space->mappings)
-		space->most_tails = 0;
 	space_return_spare(space);
 }
 

@@ -212,6 +212,9 @@ static void end_published(struct context *context)
 {
 	context->part.context->state = META_CONTEXT_ENDING;
 	if (!context->blocks.extent_count) {
+		context_unmap(context); /* at once: there is nothing to unmap */
+		if (context->reclaimed)
+			reclaim_progress(context->tenant, context->offer.bytes);
 		context_free(context);
 		return;
 	}

@@ -50,37 +50,33 @@ void reclaim_progress(struct tenant *tenant, uint64_t bytes)
 }
 
 /* The oldest of a kind. One that the host has no room for lets others go first the next time. */
-static uint64_t begin_oldest(struct tenant *tenant, enum reclaim_kind kind)
+static bool begin_oldest(struct tenant *tenant, enum reclaim_kind kind, uint64_t *begun)
 {
 	struct reclaimable *oldest = list_entry(tenant->offers[kind].next, struct reclaimable, node);
 	uint64_t bytes = oldest->bytes;
 
 	tenant->reclaiming++;
 	tenant->reclaiming_bytes += bytes;
-	if (oldest->begin(oldest) >= 0)
-		return bytes;
+	if (oldest->begin(oldest) >= 0) {
+		*begun += bytes;
+		return true;
+	}
 	tenant->reclaiming--;
 	tenant->reclaiming_bytes -= bytes;
 	list_remove(&oldest->node);
 	list_add_tail(&tenant->offers[kind], &oldest->node);
-	return 0;
+	return false;
 }
 
+/* What begins may have no bytes of its own, and bring others on offer that it kept. */
 uint64_t reclaim_begin(struct tenant *tenant, uint64_t bytes, uint32_t counts[RECLAIM_KINDS])
 {
 	uint64_t begun = 0;
 
-	for (enum reclaim_kind kind = 0; kind < RECLAIM_KINDS; kind++) {
-		for (unsigned tries = tenant->offer_count; tries && begun < bytes; tries--) {
-			uint64_t more = list_empty(&tenant->offers[kind]) ? 0 : begin_oldest(tenant, kind);
-
-			if (!more)
-				break;
-			begun += more;
+	for (enum reclaim_kind kind = 0; kind < RECLAIM_KINDS; kind++)
+		while (begun < bytes && !list_empty(&tenant->offers[kind]) && begin_oldest(tenant, kind, &begun))
 			if (counts)
 				counts[kind]++;
-		}
-	}
 	return begun;
 }
 

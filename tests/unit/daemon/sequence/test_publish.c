@@ -439,6 +439,30 @@ static void test_forgotten(void **state)
 	fixture_free(first);
 }
 
+/* A context that adds nothing to another one has no extents: it ends at once, mapped or not, and so does the other. */
+static void test_without_extents(void **state)
+{
+	static const struct kvg_policy plain = {.context_tokens = 64, .max_new_tokens = 64};
+	struct fixture *first = fixture_new(NULL);
+	struct model *model = model_new(first, &plain, SCORES_RANDOM);
+	const struct quota_account *account = fixture_account(first);
+	uint32_t counts[RECLAIM_KINDS] = {0};
+
+	(void)state;
+	assert_int_equal(model_append(model, 64), 0);
+	assert_true(publish(model, 1) != publish(model, 2));
+	assert_int_equal(first->tenant->contexts, 2);
+	model_release(model);
+	assert_int_equal(reclaim_begin(first->tenant, 1, counts), EXTENT);
+	assert_int_equal(counts[RECLAIM_CONTEXT], 2);
+	assert_int_equal(first->tenant->contexts, 0);
+	fixture_acknowledge(first);
+	assert_int_equal(first->tenant->reclaiming, 0);
+	assert_int_equal(first->tenant->reclaiming_bytes, 0);
+	assert_int_equal(account->charged, 0);
+	fixture_free(first);
+}
+
 static void test_refusals(void **state)
 {
 	struct fixture *fixture = fixture_new(&(struct fixture_options){.device_max = 12 * EXTENT, .max_tokens = 1000});
@@ -510,6 +534,7 @@ int main(void)
 		cmocka_unit_test(test_chains),
 		cmocka_unit_test(test_another_tenant),
 		cmocka_unit_test(test_forgotten),
+		cmocka_unit_test(test_without_extents),
 		cmocka_unit_test(test_refusals),
 		cmocka_unit_test(test_generation),
 	};
