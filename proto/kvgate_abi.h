@@ -116,10 +116,10 @@ enum kvg_op {
 	KVG_OP_QUERY =
 		10, /* -> value[0] = pairs held, value[1] = blocks, value[2] = committed_pos, value[3] = reserved_pos */
 	KVG_OP_OFFLOAD = 11, /* offload: the sequence's blocks go to the host -> value[0] = bytes there, value[1] =
-				bytes of blocks given back. Nobody reads or writes the sequence until a RESERVE or
-				RESTORE of it has completed */
-	KVG_OP_RESTORE =
-		12,       /* restore: its blocks come back, bit for bit; it is in use again -> value[0] = bytes moved */
+				bytes of blocks given back, value[2] = ns of copying. Nobody reads or writes the
+				sequence until a RESERVE or RESTORE of it has completed */
+	KVG_OP_RESTORE = 12, /* restore: its blocks come back, bit for bit; it is in use again -> value[0] = bytes
+				moved, value[1] = ns of copying */
 	KVG_OP_IDLE = 13, /* idle: nobody reads or writes it until a RESERVE or RESTORE has completed, so the daemon may
 			     offload it when memory is short */
 	KVG_OP_RECALL = 14,  /* recall: pairs that evictions dropped and the host kept come back, best first ->

@@ -50,6 +50,9 @@ static int host_map(struct kind *kind, int fd, void *at, size_t size)
 		return -errno;
 	if (madvise(at, size, MADV_DONTDUMP) < 0 || madvise(at, size, MADV_DONTFORK) < 0)
 		return -errno;
+	/* The pages are there: mapped together they cost a tenth of a fault each. What is not mapped now is by faults.
+	 */
+	(void)madvise(at, size, MADV_POPULATE_READ);
 	return 0;
 }
 

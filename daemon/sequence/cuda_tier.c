@@ -52,6 +52,8 @@ static int load_cargo(const struct sequence *sequence, struct image *image, uint
 	uint32_t unit, most = IDS_MAX;
 
 	*cargo = (struct cargo){.pairs = image->copied == image->blocks};
+	if (!image->begun_ns)
+		image->begun_ns = loop_now();
 	unit = cargo->pairs ? IMAGE_PLACES : shape.unit;
 	if (shape.units != 1) /* no frame is that small here */
 		return -EIO;

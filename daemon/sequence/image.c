@@ -3,15 +3,12 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "kernels/host/copy.h"
 
 #define STRIPE_HELD  UINT32_MAX
 #define PLACES_ALIGN 128u
 #define SOME_BLOCKS  32u /* between two looks at the clock */
-#define WINDOW       64u /* blocks whose memory is mapped in one go */
-#define PAGE         4096u
 
 /* ---- shape ---- */
 
@@ -132,7 +129,6 @@ struct image *image_new(const struct sequence *sequence, uint32_t first, bool lo
 		.opened = first,
 		.blocks = sequence->meta->blocks,
 		.cursor = host_cursor(space->pool->tier, first),
-		.window = UINT32_MAX,
 		.turn.tenant = space->tenant->index};
 	image_walk_init(&image->walk);
 	return image;
@@ -159,6 +155,11 @@ int image_open(struct image *image)
 	return 0;
 }
 
+uint64_t image_copy_ns(const struct image *image)
+{
+	return image->begun_ns ? loop_now() - image->begun_ns : 0;
+}
+
 static void copy(const struct image *image, uint8_t *at, uint8_t *in_image, uint32_t size)
 {
 	if (image->load)
@@ -167,36 +168,11 @@ static void copy(const struct image *image, uint8_t *at, uint8_t *in_image, uint
 		kvg_stream_copy(in_image, at, size);
 }
 
-static void map_range(uint8_t *begin, size_t size)
-{
-	uintptr_t at = (uintptr_t)begin / PAGE * PAGE;
-
-	/* What cannot be mapped now is mapped by faults. */
-	(void)madvise((void *)at, (uintptr_t)begin + size - at, MADV_POPULATE_WRITE);
-}
-
-/* A fault for each page of a new extent costs more than the copy: neighbours are mapped together. */
-static void map_ahead(const struct arena *arena, struct image *image, uint32_t id)
-{
-	uint32_t slot = id / arena->ids_per_extent, first = id % arena->ids_per_extent / WINDOW * WINDOW;
-	uint32_t count = arena->blocks_per_extent - first < WINDOW ? arena->blocks_per_extent - first : WINDOW;
-	uint8_t *at = arena->base + (size_t)slot * arena->extent_size + first * arena->stride;
-
-	first += slot * arena->ids_per_extent;
-	if (image->window == first)
-		return;
-	image->window = first;
-	map_range(at, count * arena->stride);
-	map_range(at + arena->extent_size / 2, count * arena->stride);
-}
-
 static void copy_block(const struct arena *arena, const struct image_shape *shape, struct image *image, uint32_t id)
 {
 	uint8_t *k = arena->base + id * arena->stride, *v = k + arena->extent_size / 2;
 	uint8_t *in_image = host_cursor_take(&image->cursor, shape->unit);
 
-	if (image->load)
-		map_ahead(arena, image, id);
 	copy(image, k, in_image, shape->k_half);
 	if (shape->units == 1)
 		in_image += shape->k_half;
@@ -244,6 +220,8 @@ int image_copy(const struct sequence *sequence, struct image *image)
 	const struct image_shape shape =
 		image_shape(&sequence->space->arena->layout.groups[0], host_tier_frame_size(image->tier));
 
+	if (!image->begun_ns)
+		image->begun_ns = loop_now();
 	while (!image_is_complete(image)) {
 		copy_some(sequence, &shape, image);
 		if (turns_over(&image->turn, loop_now()))

@@ -40,7 +40,7 @@ struct image {
 	uint64_t copied, placed; /* blocks whose halves, and whose places, are through */
 	struct image_walk walk;
 	struct host_cursor cursor;
-	uint32_t window; /* of ids whose memory was mapped last, on the host kind; UINT32_MAX: none */
+	uint64_t begun_ns; /* when its first bytes were copied; 0: not yet */
 	struct turn turn;
 };
 
@@ -52,6 +52,9 @@ uint32_t image_frames(const struct image_shape *shape, uint32_t frame_size, uint
 /* A copy of the sequence's blocks, from the beginning. */
 struct image *image_new(const struct sequence *sequence, uint32_t first, bool load);
 struct image *image_free(struct image *image);
+
+/* Nanoseconds since its first bytes were copied; others' turns are in it. */
+uint64_t image_copy_ns(const struct image *image);
 
 static inline bool image_is_complete(const struct image *image)
 {

@@ -252,6 +252,8 @@ static void unloaded(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
 
+	if (request->image)
+		request->cqe.value[2] = image_copy_ns(request->image);
 	request->image = image_free(request->image);
 	if (request->job_status >= 0) {
 		leave_device(request);

@@ -45,6 +45,8 @@ static void loaded(struct request *request)
 	struct sequence *sequence = request->sequence;
 	struct meta_seq *meta = sequence->meta;
 
+	if (request->image)
+		request->cqe.value[1] = image_copy_ns(request->image);
 	request->image = image_free(request->image);
 	if (request->job_status < 0) { /* the frames are there: only a device that is lost can fail */
 		(void)space_job_lost(request);

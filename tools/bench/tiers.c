@@ -32,8 +32,12 @@
 enum move {
 	OFFLOAD,
 	RESTORE,
+	OFFLOAD_COPY,
+	RESTORE_COPY,
 	OFFLOAD_SHORT,
 	RESTORE_SHORT,
+	OFFLOAD_SHORT_COPY,
+	RESTORE_SHORT_COPY,
 	EVICT,
 	EVICT_RETAIN,
 	RECALL,
@@ -50,8 +54,12 @@ static const struct {
 } about[MOVES] = {
 	[OFFLOAD] = {"offload", "offload", false},
 	[RESTORE] = {"restore", "restore", true},
+	[OFFLOAD_COPY] = {"offload_copy", "  the copies of the offload", false},
+	[RESTORE_COPY] = {"restore_copy", "  the copies of the restore", true},
 	[OFFLOAD_SHORT] = {"offload_short", "offload of 128 tokens", false},
 	[RESTORE_SHORT] = {"restore_short", "restore of 128 tokens", true},
+	[OFFLOAD_SHORT_COPY] = {"offload_short_copy", "  the copies of that offload", false},
+	[RESTORE_SHORT_COPY] = {"restore_short_copy", "  the copies of that restore", true},
 	[EVICT] = {"evict", "eviction to 30%", false},
 	[EVICT_RETAIN] = {"evict_retain", "the same, the host keeps the rest", false},
 	[RECALL] = {"recall", "recall of the rest", true},
@@ -95,12 +103,17 @@ static int report(struct kvg_client *client, int r, const char *what)
 	return r;
 }
 
-static void note(struct tiers *tiers, enum move move, double start, double bytes)
+static void note_seconds(struct tiers *tiers, enum move move, double seconds, double bytes)
 {
 	struct samples *samples = &tiers->samples[move];
 
-	samples->seconds[samples->count++] = service_seconds() - start;
+	samples->seconds[samples->count++] = seconds;
 	samples->bytes = bytes;
+}
+
+static void note(struct tiers *tiers, enum move move, double start, double bytes)
+{
+	note_seconds(tiers, move, service_seconds() - start, bytes);
 }
 
 /* ---- what the machine copies ---- */
@@ -263,25 +276,42 @@ static struct kvg_policy policy_of(const struct tiers *tiers, double ratio, uint
 		.window = 16};
 }
 
+/* One entry, and until all memory that it gives up is back in the pool; ret_ns: what its copies took of that. */
+static int move_blocks(struct tiers *tiers, const struct kvg_sqe *sqe, unsigned ns, double *ret_copies)
+{
+	struct kvg_cqe cqe;
+	int r = kvg_submit(tiers->client, sqe);
+
+	if (r == 0)
+		r = kvg_reap(tiers->client, &cqe, NULL, 1, 1);
+	if (r < 0)
+		return r;
+	*ret_copies = (double)cqe.value[ns] / 1e9;
+	return cqe.status < 0 ? cqe.status : kvg_return_memory(tiers->client);
+}
+
+/* out and in: the whole moves; what their copies took follows two after. */
 static int away_and_back(struct tiers *tiers, uint32_t tokens, enum move out, enum move in)
 {
 	const struct kvg_policy policy = policy_of(tiers, 1, 0);
-	double start, bytes = (double)bytes_of(tiers, tokens);
+	double start, copies, bytes = (double)bytes_of(tiers, tokens);
 	uint64_t seq;
 	int r = make(tiers, &policy, tokens, &seq);
 
 	if (r < 0)
 		return r;
 	start = service_seconds();
-	r = report(tiers->client, kvg_offload(tiers->client, seq, NULL), "offload");
-	if (r < 0)
+	r = move_blocks(tiers, &(struct kvg_sqe){.op = KVG_OP_OFFLOAD, .seq = seq}, 2, &copies);
+	if (report(tiers->client, r, "offload") < 0)
 		return r;
 	note(tiers, out, start, bytes);
+	note_seconds(tiers, out + 2, copies, bytes);
 	start = service_seconds();
-	r = report(tiers->client, kvg_restore(tiers->client, seq), "restore");
-	if (r < 0)
+	r = move_blocks(tiers, &(struct kvg_sqe){.op = KVG_OP_RESTORE, .seq = seq}, 1, &copies);
+	if (report(tiers->client, r, "restore") < 0)
 		return r;
 	note(tiers, in, start, bytes);
+	note_seconds(tiers, in + 2, copies, bytes);
 	return report(tiers->client, kvg_free(tiers->client, seq), "free");
 }
 
