@@ -81,7 +81,7 @@ static CUresult collect(struct cuda_transfer *transfer, const struct cuda_window
 	memcpy(window->upload + at, packing->first, rows);
 	what->first = (const uint32_t *)(uintptr_t)(window->there + at);
 	what->spots = spots ? (const struct kvg_cuda_spot *)(uintptr_t)window->there : NULL;
-	result = cuda_window_send(link, window, at + rows);
+	result = cuda_window_send(link, window, at + rows, link->kernels);
 	if (result != CUDA_SUCCESS)
 		return result;
 	return kvg_cuda_tier_collect(link->tier, &area, &eviction->rows, &eviction->scope, &eviction->kept,
@@ -338,7 +338,7 @@ static CUresult enqueue_return(const struct cuda_transfer *transfer, struct cuda
 	const struct cuda_link *link = transfer->link;
 	const struct kvg_cuda_area area = cuda_area(transfer->request->space);
 	const struct kvg_cuda_packed store = packed_store(transfer->request->sequence->retain);
-	CUresult result = cuda_window_send(link, window, n * sizeof(struct kvg_cuda_return));
+	CUresult result = cuda_window_send(link, window, n * sizeof(struct kvg_cuda_return), link->kernels);
 
 	if (result == CUDA_SUCCESS)
 		result = kvg_cuda_tier_return(link->tier, &area, &store,

@@ -6,7 +6,7 @@
 
 #define IDS_MAX 32768u /* of one window */
 
-/* Memory of one frame that lies together in a window's staging. */
+/* Memory of a frame, or of neighbours that are pinned together, that lies together in a window's staging. */
 struct segment {
 	uint8_t *host;
 	size_t offset, size;
@@ -28,11 +28,13 @@ static bool place_units(struct image *image, uint32_t unit, uint32_t count, stru
 	struct segment *last = NULL;
 
 	for (uint32_t i = 0; i < count; i++) {
+		uint32_t before = image->cursor.frame;
 		uint8_t *at = host_cursor_take(&image->cursor, unit);
 
 		if (!at)
 			return false;
-		if (last && last->host + last->size == at && at != host_tier_at(image->tier, image->cursor.frame)) {
+		if (last && last->host + last->size == at &&
+			host_tier_is_together(image->tier, before, image->cursor.frame)) {
 			last->size += unit;
 			continue;
 		}
@@ -84,10 +86,7 @@ static CUresult run_kernel(
 	const uint32_t *ids = (const uint32_t *)(uintptr_t)window->there;
 	uint8_t *staging = (uint8_t *)(uintptr_t)window->staging;
 	struct kvg_cuda_pair *pairs = (struct kvg_cuda_pair *)(void *)staging;
-	CUresult result = cuda_window_send(link, window, cargo->count * sizeof(*ids));
 
-	if (result != CUDA_SUCCESS)
-		return result;
 	if (cargo->pairs && load)
 		return kvg_cuda_tier_pairs_scatter(
 			link->tier, &area, ids, cargo->count, pairs, TRANSFER_GRID, link->kernels);
@@ -131,6 +130,11 @@ static CUresult enqueue(struct cuda_transfer *transfer, struct cuda_window *wind
 	bool load = transfer->request->image->load;
 	CUresult result;
 
+	/* Ids that come in go ahead of the bytes that they belong to, or they queue up behind those of later windows.
+	 */
+	result = cuda_window_send(link, window, cargo->count * sizeof(uint32_t), load ? link->in : link->kernels);
+	if (result != CUDA_SUCCESS)
+		return result;
 	if (load) {
 		result = cross(link, window, cargo, load);
 		if (result == CUDA_SUCCESS)

@@ -114,10 +114,10 @@ struct cuda_link *cuda_link_free(struct cuda_link *link)
 	return NULL;
 }
 
-CUresult cuda_window_send(const struct cuda_link *link, const struct cuda_window *window, size_t size)
+CUresult cuda_window_send(const struct cuda_link *link, const struct cuda_window *window, size_t size, CUstream stream)
 {
 	assert(size <= TRANSFER_UPLOAD);
-	return link->cuda->driver->cuMemcpyHtoDAsync(window->there, window->upload, size, link->kernels);
+	return link->cuda->driver->cuMemcpyHtoDAsync(window->there, window->upload, size, stream);
 }
 
 CUresult cuda_window_end(const struct cuda_link *link, struct cuda_window *window, CUstream stream)

@@ -17,9 +17,9 @@
 #include "kernels/cuda/copy.h"
 #include "kernels/cuda/tier.h"
 
-#define TRANSFER_BYTES  ((size_t)8 << 20) /* of a window */
-#define TRANSFER_UPLOAD ((size_t)1 << 20) /* what may be sent to its kernel with it */
-#define TRANSFER_GRID   16u               /* blocks of threads of each kernel */
+#define TRANSFER_BYTES  ((size_t)16 << 20) /* of a window */
+#define TRANSFER_UPLOAD ((size_t)1 << 20)  /* what may be sent to its kernel with it */
+#define TRANSFER_GRID   16u                /* blocks of threads of each kernel */
 
 struct cuda_window {
 	struct cuda_transfer *owner; /* NULL: free */
@@ -81,8 +81,8 @@ int cuda_transfer_start(struct request *request,
 /* Whether it is over: then request->job_status is set, and nothing of it is left. */
 bool cuda_transfer_poll(struct request *request);
 
-/* Enqueues sending the first `size` bytes of the window's upload, before its kernel. */
-CUresult cuda_window_send(const struct cuda_link *link, const struct cuda_window *window, size_t size);
+/* Enqueues sending the first `size` bytes of the window's upload, on a stream that its kernel comes after. */
+CUresult cuda_window_send(const struct cuda_link *link, const struct cuda_window *window, size_t size, CUstream stream);
 
 /* Enqueues the window's end behind what is on that stream. */
 CUresult cuda_window_end(const struct cuda_link *link, struct cuda_window *window, CUstream stream);

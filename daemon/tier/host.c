@@ -223,6 +223,16 @@ uint32_t host_tier_next(const struct host_tier *tier, uint32_t frame)
 	return tier->frames[frame - 1].next;
 }
 
+static uint32_t piece_of(const struct host_tier *tier, uint32_t frame)
+{
+	return (uint32_t)((uint64_t)(frame - 1) * tier->frame_size / tier->piece_size);
+}
+
+bool host_tier_is_together(const struct host_tier *tier, uint32_t frame, uint32_t next)
+{
+	return frame == next || (frame + 1 == next && piece_of(tier, frame) == piece_of(tier, next));
+}
+
 uint8_t *host_tier_at(const struct host_tier *tier, uint32_t frame)
 {
 	return tier->base + (size_t)(frame - 1) * tier->frame_size;
@@ -244,7 +254,7 @@ static int populate(const struct host_tier *tier, uint64_t at, size_t size)
 
 int host_tier_open(struct host_tier *tier, uint32_t frame)
 {
-	uint32_t index = (uint32_t)((uint64_t)(frame - 1) * tier->frame_size / tier->piece_size);
+	uint32_t index = piece_of(tier, frame);
 	uint64_t begin = (uint64_t)index * tier->piece_size;
 	uint32_t bytes = piece_bytes(tier, index), step;
 	struct piece *piece = &tier->pieces[index];

@@ -64,6 +64,9 @@ uint32_t host_tier_next(const struct host_tier *tier, uint32_t frame);
 
 uint8_t *host_tier_at(const struct host_tier *tier, uint32_t frame);
 
+/* Whether two frames are one, or neighbours whose memory is pinned together, so that one copy may cross both. */
+bool host_tier_is_together(const struct host_tier *tier, uint32_t frame, uint32_t next);
+
 /*
  * Makes a frame ready for use, a step of at most 2 MiB at a time. 0: it is; -EAGAIN: a step is done, another is needed
  * (it is the caller's to let others have their turn); or another negative errno. Executor only.
