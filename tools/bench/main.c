@@ -2,6 +2,7 @@
 #include "tools/bench/churn.h"
 #include "tools/bench/insitu.h"
 #include "tools/bench/ipc.h"
+#include "tools/bench/share.h"
 #include "tools/bench/tier.h"
 #include "tools/bench/tiers.h"
 
@@ -23,6 +24,8 @@ static const struct command commands[] = {
 	{"ipc", "--socket S [--json]", "round trips through the rings, with 10 and 10,000 idle sequences", bench_ipc},
 	{"tier", "[--size S] [--rounds N]", "offload to the host tier and back, next to copies of as many bytes",
 		bench_tier},
+	{"share", "[--processes N] ...", "one published context for many processes: bytes, and the time of an attach",
+		bench_share},
 	{"gpu", "[--json F] [--only P]", "the kernels of the kind cuda, next to the machine's floor and to rivals",
 		bench_gpu},
 	{"churn", "[--kind K] ...", "workers of three tenants at random at 95% of a pool, every byte checked",
