@@ -96,8 +96,7 @@ static bool budget_is_over(struct settle *settle)
 	if (is_within(account))
 		return true;
 	reclaim_check(tenant);
-	if (account->charged > quota_high(account) + tenant->reclaiming_bytes)
-		(void)reclaim_begin(tenant, account->charged - quota_high(account) - tenant->reclaiming_bytes, NULL);
+	reclaim_excess(tenant);
 	return quota_use(account) > account->max ? !reclaim_want(tenant, 0)
 						 : !tenant->reclaiming && !account->unreturned;
 }

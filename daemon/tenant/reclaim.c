@@ -5,15 +5,11 @@
 
 #include "proto/size.h"
 
+#define TRIES 8u /* of what the host has no room for, at a time */
+
 static uint64_t more_than(uint64_t a, uint64_t b)
 {
 	return a > b ? a - b : 0;
-}
-
-/* What others reclaim of a tenant leaves it its min. */
-static bool may_lose(const struct tenant *tenant)
-{
-	return quota_use(tenant->quota.account) > tenant->quota.account->min;
 }
 
 /* ---- what is on offer ---- */
@@ -49,16 +45,39 @@ void reclaim_progress(struct tenant *tenant, uint64_t bytes)
 		tenant->reclaim->woken = true;
 }
 
-/* The oldest of a kind. One that the host has no room for lets others go first the next time. */
-static bool begin_oldest(struct tenant *tenant, enum reclaim_kind kind, uint64_t *begun)
+/* What has been begun by one call. */
+struct begun {
+	uint64_t bytes, limit; /* limit: of bytes */
+	uint32_t *counts;      /* by kind, or NULL */
+};
+
+/* The oldest of a kind that the limit leaves room for, or NULL. */
+static struct reclaimable *oldest_within(const struct tenant *tenant, enum reclaim_kind kind, const struct begun *begun)
 {
-	struct reclaimable *oldest = list_entry(tenant->offers[kind].next, struct reclaimable, node);
+	const struct list *offers = &tenant->offers[kind];
+
+	for (struct list *node = offers->next; node != offers; node = node->next) {
+		struct reclaimable *reclaimable = list_entry(node, struct reclaimable, node);
+
+		if (reclaimable->bytes <= begun->limit - begun->bytes)
+			return reclaimable;
+	}
+	return NULL;
+}
+
+/* One that the host has no room for lets others go first. */
+static bool begin_one(struct reclaimable *oldest, struct begun *begun)
+{
+	struct tenant *tenant = oldest->tenant;
+	enum reclaim_kind kind = oldest->kind;
 	uint64_t bytes = oldest->bytes;
 
 	tenant->reclaiming++;
 	tenant->reclaiming_bytes += bytes;
 	if (oldest->begin(oldest) >= 0) {
-		*begun += bytes;
+		begun->bytes += bytes;
+		if (begun->counts)
+			begun->counts[kind]++;
 		return true;
 	}
 	tenant->reclaiming--;
@@ -69,15 +88,36 @@ static bool begin_oldest(struct tenant *tenant, enum reclaim_kind kind, uint64_t
 }
 
 /* What begins may have no bytes of its own, and bring others on offer that it kept. */
-uint64_t reclaim_begin(struct tenant *tenant, uint64_t bytes, uint32_t counts[RECLAIM_KINDS])
+static void begin_kind(const struct tenant *tenant, enum reclaim_kind kind, uint64_t bytes, struct begun *begun)
 {
-	uint64_t begun = 0;
+	const struct reclaimable *refused = NULL;
+	struct reclaimable *oldest;
+	unsigned tries = TRIES;
+
+	while (begun->bytes < bytes && tries) {
+		oldest = oldest_within(tenant, kind, begun);
+		if (!oldest || oldest == refused)
+			break;
+		if (begin_one(oldest, begun))
+			continue;
+		tries--;
+		if (!refused)
+			refused = oldest;
+	}
+}
+
+static uint64_t begin_within(const struct tenant *tenant, uint64_t bytes, uint64_t limit, uint32_t *counts)
+{
+	struct begun begun = {.limit = limit, .counts = counts};
 
 	for (enum reclaim_kind kind = 0; kind < RECLAIM_KINDS; kind++)
-		while (begun < bytes && !list_empty(&tenant->offers[kind]) && begin_oldest(tenant, kind, &begun))
-			if (counts)
-				counts[kind]++;
-	return begun;
+		begin_kind(tenant, kind, bytes, &begun);
+	return begun.bytes;
+}
+
+uint64_t reclaim_begin(const struct tenant *tenant, uint64_t bytes, uint32_t counts[RECLAIM_KINDS])
+{
+	return begin_within(tenant, bytes, UINT64_MAX, counts);
 }
 
 /* ---- pressure ---- */
@@ -107,9 +147,15 @@ static void press(struct tenant *tenant)
 	tenant->reclaim->woken = true;
 }
 
-static void reclaim_excess(struct tenant *tenant)
+/* Bytes of the tenant that are on their way back already. */
+static uint64_t coming_bytes(const struct tenant *tenant)
 {
-	uint64_t coming = tenant->reclaiming_bytes + tenant->quota.account->unreturned;
+	return tenant->reclaiming_bytes + tenant->quota.account->unreturned;
+}
+
+void reclaim_excess(const struct tenant *tenant)
+{
+	uint64_t coming = coming_bytes(tenant);
 	uint64_t excess = more_than(tenant->quota.account->charged, quota_high(tenant->quota.account));
 
 	if (excess > coming)
@@ -155,23 +201,23 @@ static bool is_coming(const struct tenant *tenant)
 	return tenant->reclaiming || tenant->ending || tenant->quota.account->unreturned || tenant->pool->destroying;
 }
 
-/* Bytes of the tenant that are on their way back already. */
-static uint64_t coming_bytes(const struct tenant *tenant)
-{
-	return tenant->reclaiming_bytes + tenant->quota.account->unreturned;
-}
-
 /* From one tenant, as much as lacks beyond what is coming. Returns whether memory of it is on its way. */
-static bool take_from(struct tenant *tenant, uint64_t *lack)
+static bool take_from(struct tenant *tenant, uint64_t limit, uint64_t *lack)
 {
 	uint64_t coming = coming_bytes(tenant);
 
 	if (*lack > coming)
-		coming += reclaim_begin(tenant, *lack - coming, NULL);
+		coming += begin_within(tenant, *lack - coming, more_than(limit, coming), NULL);
 	*lack = more_than(*lack, coming);
 	if (tenant->quota.account->unreturned)
 		press(tenant);
 	return is_coming(tenant);
+}
+
+/* What others reclaim of a tenant leaves it its min. */
+static uint64_t above_min(const struct tenant *tenant)
+{
+	return more_than(quota_use(tenant->quota.account), tenant->quota.account->min);
 }
 
 bool reclaim_want(struct tenant *tenant, uint64_t bytes)
@@ -186,14 +232,14 @@ bool reclaim_want(struct tenant *tenant, uint64_t bytes)
 	if (bytes > tenant->quota.account->max)
 		return false; /* whatever comes back */
 	if (lack)
-		return take_from(tenant, &lack);
+		return take_from(tenant, UINT64_MAX, &lack);
 	lack = quota_lack_pool(&tenant->quota, bytes);
 	if (!lack)
 		return true;
-	coming = take_from(tenant, &lack);
+	coming = take_from(tenant, UINT64_MAX, &lack);
 	for (size_t i = 0; lack && i < *reclaim->tenant_count; i++)
-		if (reclaim->tenants[i] != tenant && may_lose(reclaim->tenants[i]))
-			coming |= take_from(reclaim->tenants[i], &lack);
+		if (reclaim->tenants[i] != tenant && above_min(reclaim->tenants[i]))
+			coming |= take_from(reclaim->tenants[i], above_min(reclaim->tenants[i]), &lack);
 	return coming;
 }
 

@@ -4,9 +4,9 @@
  *
  * What nobody uses is on offer: published contexts without sequences, and sequences that their workers have released
  * as idle. When a request would pass max, its tenant's contexts go to the host first, then its idle sequences, oldest
- * first; when the pool is full, also those of other tenants that use more than their min. The request waits as long as
- * memory is on its way (going to the host, asked back from a worker, being destroyed), and is refused when none is.
- * Above high the same happens in the background.
+ * first; when the pool is full, also those of other tenants, as long as they leave these their min. The request waits
+ * as long as memory is on its way (going to the host, asked back from a worker, being destroyed), and is refused when
+ * none is. Above high the same happens in the background.
  *
  * A tenant is under pressure while it is above high, or while memory that a waiting request needs is still mapped by
  * its workers. How workers hear of it is the session's.
@@ -82,7 +82,10 @@ void reclaim_progress(struct tenant *tenant, uint64_t bytes);
  * Begins with what is on offer, oldest first, until `bytes` are on their way, or nothing is left that the host has room
  * for. Returns the bytes that were begun, and counts them by kind (counts: NULL or an array).
  */
-uint64_t reclaim_begin(struct tenant *tenant, uint64_t bytes, uint32_t counts[RECLAIM_KINDS]);
+uint64_t reclaim_begin(const struct tenant *tenant, uint64_t bytes, uint32_t counts[RECLAIM_KINDS]);
+
+/* The same for what is above high and not on its way yet. */
+void reclaim_excess(const struct tenant *tenant);
 
 /* ---- who wants memory ---- */
 

@@ -300,6 +300,67 @@ static void test_a_full_pool_takes_from_others_what_is_above_their_min(void **st
 	close_scene(&scene);
 }
 
+/* 10 units, 7 of them min: only what is no larger than 3 goes for others, whatever is older. */
+static void test_others_do_not_take_what_reaches_into_a_min(void **state)
+{
+	struct scene scene;
+	struct waiter waiter;
+	struct thing large, small, next;
+	unsigned begun = 0;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 6);
+	charge(&scene, 1, 10);
+	assert_int_equal(quota_set(&scene.tenants[1]->quota, 7 * UNIT, 0, 10 * UNIT, scene.text), 0);
+	offer(&scene, 1, RECLAIM_SEQUENCE, &large, 4, &begun);
+	offer(&scene, 1, RECLAIM_SEQUENCE, &small, 2, &begun);
+	offer(&scene, 1, RECLAIM_SEQUENCE, &next, 2, &begun);
+	ask(&scene, 0, 3, &waiter);
+	assert_int_equal(large.order, 0);
+	assert_int_equal(small.order, 1);
+	assert_int_equal(next.order, 0);
+	end_thing(&scene, &small);
+	run_loop(&scene, 1);
+	assert_true(waiter.refused); /* one lacks still, and nothing of that size is there */
+	assert_int_equal(begun, 1);
+	ask(&scene, 0, 2, &waiter);
+	assert_true(waiter.granted);
+	reclaim_withdraw(&large.reclaimable);
+	reclaim_withdraw(&next.reclaimable);
+	refund(&scene, 0, 8);
+	refund(&scene, 1, 8);
+	close_scene(&scene);
+}
+
+static void test_what_the_host_has_no_room_for_is_in_nobodys_way(void **state)
+{
+	struct scene scene;
+	struct waiter waiter;
+	struct thing stuck[3], fits;
+	unsigned begun = 0;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 10);
+	for (unsigned i = 0; i < 3; i++) {
+		offer(&scene, 0, RECLAIM_SEQUENCE, &stuck[i], 2, &begun);
+		stuck[i].refuses = true;
+	}
+	offer(&scene, 0, RECLAIM_SEQUENCE, &fits, 2, &begun);
+	ask(&scene, 0, 4, &waiter);
+	assert_int_equal(fits.order, 1);
+	assert_false(waiter.refused);
+	end_thing(&scene, &fits);
+	run_loop(&scene, 1);
+	assert_true(waiter.refused); /* each was asked, and none goes */
+	assert_int_equal(begun, 1);
+	for (unsigned i = 0; i < 3; i++)
+		reclaim_withdraw(&stuck[i].reclaimable);
+	refund(&scene, 0, 8);
+	close_scene(&scene);
+}
+
 static void test_above_high_the_background_reclaims_and_workers_are_told(void **state)
 {
 	struct scene scene;
@@ -366,6 +427,8 @@ int main(void)
 		cmocka_unit_test(test_waits_for_what_is_not_yet_unmapped),
 		cmocka_unit_test(test_no_request_waits_for_ever),
 		cmocka_unit_test(test_a_full_pool_takes_from_others_what_is_above_their_min),
+		cmocka_unit_test(test_others_do_not_take_what_reaches_into_a_min),
+		cmocka_unit_test(test_what_the_host_has_no_room_for_is_in_nobodys_way),
 		cmocka_unit_test(test_above_high_the_background_reclaims_and_workers_are_told),
 		cmocka_unit_test(test_begin_counts_by_kind),
 	};
