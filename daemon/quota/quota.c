@@ -73,6 +73,7 @@ static int refuse(struct quota *quota, struct quota *full, uint64_t bytes, uint6
 	uint64_t after = account->charged + bytes + (bytes > drawn ? account->promised - drawn : 0);
 
 	quota->account->refusals++;
+	quota->refused = true;
 	if (full != quota) {
 		after = account->committed + rise(quota->account, bytes - drawn);
 		if (unused_min(quota))
@@ -167,6 +168,7 @@ int quota_promise(struct quota *quota, uint64_t bytes, const char *what, char te
 
 	if (full)
 		return refuse(quota, full, bytes, 0, what, text);
+	quota->refused = false;
 	change(quota, 0, bytes);
 	return 0;
 }
@@ -185,8 +187,15 @@ int quota_charge(struct quota *quota, uint64_t bytes, uint64_t drawn, const char
 	if (full)
 		return refuse(quota, full, bytes, drawn, what, text);
 	assert(quota->account->promised >= drawn);
+	quota->refused = false;
 	change(quota, bytes, -drawn);
 	return 0;
+}
+
+void quota_forgive(struct quota *quota)
+{
+	quota->account->refusals -= quota->refused;
+	quota->refused = false;
 }
 
 void quota_refund(struct quota *quota, uint64_t bytes)

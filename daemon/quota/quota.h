@@ -15,6 +15,7 @@
 #ifndef KVG_QUOTA_H
 #define KVG_QUOTA_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -36,6 +37,7 @@ struct quota {
 	struct quota *parent;
 	struct quota_account *account; /* borrowed */
 	uint64_t frees;                /* times that bytes became free again */
+	bool refused;                  /* the last that was asked of it */
 };
 
 /*
@@ -69,6 +71,9 @@ void quota_unpromise(struct quota *quota, uint64_t bytes);
  * then nothing has changed.
  */
 int quota_charge(struct quota *quota, uint64_t bytes, uint64_t drawn, const char *what, char text[QUOTA_TEXT]);
+
+/* Who was refused just now asks again later: that is when it counts, if at all. */
+void quota_forgive(struct quota *quota);
 
 void quota_refund(struct quota *quota, uint64_t bytes);
 

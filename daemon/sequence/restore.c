@@ -205,8 +205,11 @@ static void find_blocks(struct request *request)
 		if (request->grow_status >= 0)
 			return;
 		least = least_extents(request, &need);
-		if (least && least < missing && space_try_grow(request, least, "the restore", find_blocks) >= 0)
-			return;
+		if (least && least < missing) {
+			quota_forgive(&request->space->tenant->quota);
+			if (space_try_grow(request, least, "the restore", find_blocks) >= 0)
+				return;
+		}
 	}
 	if (!missing || fits_anywhere(request, &need))
 		fill(request, &need, missing > 0);

@@ -685,6 +685,7 @@ bool space_wait_memory(struct request *request, uint64_t bytes, void (*again)(st
 	size_t used = strlen(request->text);
 
 	if (!request->wait.expired && reclaim_want(tenant, bytes)) {
+		quota_forgive(&tenant->quota);
 		request->wait.again = memory_again;
 		request->after = again;
 		request->space->jobs++;
