@@ -55,16 +55,16 @@ static void over(struct request *request)
 	evict_begin_queued(space);
 }
 
-/* A recall that may wait for memory does so without keeping evictions waiting, and starts anew. */
+/* One that may wait for memory does so without keeping others waiting or spare extents here, and starts anew. */
 static void over_failed(struct request *request, int status)
 {
 	struct space *space = request->space;
-	bool waits = request->evict->recall && status == -ENOSPC;
+	void (*again)(struct request *) = request->evict->recall ? op_recall : op_evict;
 
 	recall_unpromise(request);
 	request->cqe.status = status;
 	leave(request);
-	if (!waits || !space_wait_memory(request, request->lack, op_recall))
+	if (status != -ENOSPC || !space_wait_memory(request, request->lack, again))
 		request_finish(request);
 	evict_begin_queued(space);
 }
