@@ -237,13 +237,14 @@ static void fill_tenant(Kvg__Tenant *row, const struct tenant *tenant)
 	row->contexts = tenant->contexts;
 	row->refusals = account->refusals;
 	row->high_water = account->high_water;
-	row->has_device_min = row->has_reserved = true;
+	row->has_device_min = row->has_reserved = row->has_pressure = true;
 	row->has_host_min = row->has_host_max = row->has_host_charged = row->has_host_high_water = true;
 	row->has_device_high = account->high != 0;
 	row->has_host_high = host->high != 0;
 	row->device_min = account->min;
 	row->device_high = account->high;
 	row->reserved = reserve_bytes(&tenant->reserve);
+	row->pressure = tenant->pressed;
 	row->host_min = host->min;
 	row->host_high = host->high;
 	row->host_max = host->max;

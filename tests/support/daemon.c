@@ -339,6 +339,7 @@ void fixture_tenant(const struct fixture *fixture, const char *tenant, struct fi
 		.host_high = found->host_high,
 		.host_max = found->host_max,
 		.host_charged = found->host_charged,
+		.pressure = found->pressure,
 		.workers = found->workers,
 		.sequences = found->sequences,
 	};

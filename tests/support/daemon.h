@@ -32,6 +32,7 @@ struct fixture_usage {
 	uint64_t charged, promised, unreturned, overhead, high_water, refusals;
 	uint64_t device_min, device_high, reserved, host_min, host_high, host_max, host_charged;
 	uint32_t extents, workers, sequences;
+	bool pressure; /* a tenant's workers are asked for memory */
 };
 
 /* Makes the private folder and writes the configuration into it, and starts nothing. */
