@@ -139,7 +139,7 @@ void offload_settle(struct sequence *sequence)
 	const struct meta_seq *meta = sequence->meta;
 	struct reclaimable *reclaimable = &sequence->reclaimable;
 
-	if (!meta->idle || meta->residency != META_RESIDENT || !list_empty(&reclaimable->node))
+	if (!meta->idle || sequence->stays || meta->residency != META_RESIDENT || !list_empty(&reclaimable->node))
 		return;
 	reclaimable->bytes = meta->blocks * 2 * space->arena->stride + sequence->right * space->arena->extent_size;
 	reclaimable->begin = reclaim_begin_offload;
@@ -161,6 +161,7 @@ void op_idle(struct request *request)
 	struct sequence *sequence = request->sequence;
 
 	sequence->meta->idle = 1;
+	sequence->stays = false;
 	keep_update(sequence);
 	space_return_spare(sequence->space);
 	sequence_publish(sequence);
@@ -260,6 +261,7 @@ static void unloaded(struct request *request)
 		return;
 	}
 	give_image(sequence);
+	sequence->stays = true; /* else it would be tried again at once, without end */
 	set_residency(sequence->meta, META_RESIDENT);
 	promise_update(sequence);
 	keep_update(sequence);

@@ -53,6 +53,7 @@ struct sequence {
 	bool busy;
 	struct list queue;              /* requests that wait */
 	struct reclaimable reclaimable; /* while it is idle and has blocks, see offload.h */
+	bool stays;                     /* the host's memory failed: not on offer until the worker says idle again */
 };
 
 /* Which entries of a sequence's rows have changed in the table since the worker's kernels last read them. */

@@ -673,6 +673,52 @@ static void test_idle_without_a_host(void **state)
 	fixture_free(fixture);
 }
 
+static unsigned pins; /* that were asked for, and refused */
+
+static int pin_nothing(struct kind *kind, void *at, size_t size)
+{
+	(void)kind;
+	(void)at;
+	(void)size;
+	pins++;
+	return -ENOMEM;
+}
+
+/* Above high, and the memory of the host fails: it is tried once, and again when the worker says idle again. */
+static void test_the_host_fails_an_idle_one(void **state)
+{
+	struct fixture *fixture = fixture_of(0, HOST);
+	const struct kind_ops *ops = fixture->kind->ops;
+	struct kind_ops broken = *ops;
+	struct reclaim reclaim;
+	struct model *model = model_new(fixture, &plain, SCORES_RANDOM);
+
+	(void)state;
+	broken.pin = pin_nothing;
+	pins = 0;
+	fixture->kind->ops = &broken;
+	reclaim_open(fixture, &reclaim);
+	assert_int_equal(model_append(model, 1000), 0);
+	fixture->tenant->quota.account->high = EXTENT;
+	assert_int_equal(call(fixture, KVG_OP_IDLE, model->handle), 0);
+	for (unsigned i = 0; i < 50 || (fixture->tenant->reclaiming && pins < 3); i++)
+		fixture_turn(fixture);
+	assert_int_equal(pins, 1);
+	assert_int_equal(fixture->tenant->offer_count, 0);
+	assert_int_equal(slot_of(model)->flags, KVG_SLOT_IDLE);
+	model_check(model);
+	fixture->kind->ops = ops;
+	assert_int_equal(call(fixture, KVG_OP_IDLE, model->handle), 0);
+	while (slot_of(model)->flags != (KVG_SLOT_OFFLOADED | KVG_SLOT_IDLE))
+		fixture_turn(fixture);
+	fixture_acknowledge(fixture);
+	assert_int_equal(call_and_unmap(fixture, KVG_OP_RESTORE, model->handle), 0);
+	model_check(model);
+	model_release(model);
+	reclaim_close(fixture, &reclaim);
+	fixture_free(fixture);
+}
+
 /* The worker dies while its idle sequence is on its way. */
 static void test_reclaimed_worker_dies(void **state)
 {
@@ -722,6 +768,7 @@ int main(void)
 		cmocka_unit_test(test_own_requests_end_with_the_worker),
 		cmocka_unit_test(test_idle_ones_make_room),
 		cmocka_unit_test(test_idle_without_a_host),
+		cmocka_unit_test(test_the_host_fails_an_idle_one),
 		cmocka_unit_test(test_reclaimed_worker_dies),
 	};
 
