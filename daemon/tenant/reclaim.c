@@ -1,6 +1,7 @@
 #include "daemon/tenant/reclaim.h"
 
 #include <assert.h>
+#include <errno.h>
 #include <stdio.h>
 
 #include "proto/size.h"
@@ -71,10 +72,13 @@ static bool begin_one(struct reclaimable *oldest, struct begun *begun)
 	struct tenant *tenant = oldest->tenant;
 	enum reclaim_kind kind = oldest->kind;
 	uint64_t bytes = oldest->bytes;
+	int r;
 
 	tenant->reclaiming++;
 	tenant->reclaiming_bytes += bytes;
-	if (oldest->begin(oldest) >= 0) {
+	r = oldest->begin(oldest);
+	tenant->no_room = r == -ENOSPC;
+	if (r >= 0) {
 		begun->bytes += bytes;
 		if (begun->counts)
 			begun->counts[kind]++;
@@ -220,6 +224,18 @@ static uint64_t above_min(const struct tenant *tenant)
 	return more_than(quota_use(tenant->quota.account), tenant->quota.account->min);
 }
 
+/* Whether there would be room in the pool if nobody else had more than its min. */
+static bool can_ever_fit(const struct tenant *tenant, uint64_t bytes)
+{
+	const struct reclaim *reclaim = tenant->reclaim;
+	uint64_t room = reclaim->pool->quota.account->max;
+
+	for (size_t i = 0; i < *reclaim->tenant_count; i++)
+		if (reclaim->tenants[i] != tenant)
+			room -= reclaim->tenants[i]->quota.account->min;
+	return bytes <= room;
+}
+
 bool reclaim_want(struct tenant *tenant, uint64_t bytes)
 {
 	const struct reclaim *reclaim = tenant->reclaim;
@@ -229,7 +245,7 @@ bool reclaim_want(struct tenant *tenant, uint64_t bytes)
 	if (!reclaim)
 		return false;
 	lack = quota_lack(&tenant->quota, bytes);
-	if (bytes > tenant->quota.account->max)
+	if (bytes > tenant->quota.account->max || !can_ever_fit(tenant, bytes))
 		return false; /* whatever comes back */
 	if (lack)
 		return take_from(tenant, UINT64_MAX, &lack);
@@ -378,8 +394,8 @@ void reclaim_explain(const struct tenant *tenant, char *text, size_t size)
 	int n = snprintf(text, size, "; in use %s", kvg_size_format(more_than(account->charged, aside), used));
 
 	if (tenant->offered && n > 0 && (size_t)n < size)
-		n += snprintf(text + n, size - (size_t)n, ", idle %s (no room for it on the host)",
-			kvg_size_format(tenant->offered, offered));
+		n += snprintf(text + n, size - (size_t)n, ", idle %s%s", kvg_size_format(tenant->offered, offered),
+			tenant->no_room ? " (no room for it on the host)" : "");
 	if (account->unreturned && n > 0 && (size_t)n < size)
 		(void)snprintf(text + n, size - (size_t)n, ", not yet unmapped %s",
 			kvg_size_format(account->unreturned, unreturned));

@@ -106,8 +106,8 @@ void reclaim_wake(struct tenant *tenant);
 void reclaim_check(struct tenant *tenant);
 
 /*
- * What would free memory of the tenant, for a refusal: "; idle or published 24.0 MiB (no room on the host), not yet
- * unmapped 1.0 MiB, in use 90.0 MiB". size: of text.
+ * What would free memory of the tenant, for a refusal: "; in use 90.0 MiB, idle 24.0 MiB (no room for it on the host),
+ * not yet unmapped 1.0 MiB". Idle is what is on offer, published contexts too. size: of text.
  */
 void reclaim_explain(const struct tenant *tenant, char *text, size_t size);
 

@@ -52,6 +52,7 @@ struct tenant {
 	uint64_t offered;          /* bytes that are on offer, */
 	uint64_t reclaiming_bytes; /* and of those on their way to the host */
 	unsigned offer_count, reclaiming;
+	bool no_room;                /* on the host, for the last that was to go there */
 	unsigned ending;             /* workers that have gone and whose memory is not back yet */
 	struct list pressed_node;    /* in reclaim's list while more is wanted of it */
 	bool pressed;                /* its workers have been told */

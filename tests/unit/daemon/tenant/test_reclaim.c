@@ -214,9 +214,41 @@ static void test_nothing_on_its_way_is_a_refusal_at_once(void **state)
 	assert_string_equal(scene.text, "; in use 384.0 KiB, idle 256.0 KiB (no room for it on the host)");
 	assert_false(list_empty(&stuck.reclaimable.node));
 	reclaim_withdraw(&stuck.reclaimable);
-	ask(&scene, 0, 11, &waiter); /* more than max ever has */
-	assert_true(waiter.refused);
 	refund(&scene, 0, 10);
+	close_scene(&scene);
+}
+
+static void test_what_can_never_fit_takes_nothing(void **state)
+{
+	struct scene scene;
+	struct waiter waiter;
+	struct thing own, others;
+	unsigned begun = 0;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 4);
+	charge(&scene, 1, 10);
+	offer(&scene, 0, RECLAIM_SEQUENCE, &own, 4, &begun);
+	offer(&scene, 1, RECLAIM_SEQUENCE, &others, 2, &begun);
+	ask(&scene, 0, 11, &waiter); /* max is 10 */
+	assert_true(waiter.refused);
+	assert_int_equal(quota_set(&scene.tenants[1]->quota, 8 * UNIT, 0, 10 * UNIT, scene.text), 0);
+	ask(&scene, 0, 9, &waiter); /* the other's min leaves 8 of the pool */
+	assert_true(waiter.refused);
+	assert_int_equal(begun, 0);
+	reclaim_explain(scene.tenants[0], scene.text, sizeof(scene.text));
+	assert_string_equal(scene.text, "; in use 0 B, idle 256.0 KiB"); /* the host has not been asked */
+	ask(&scene, 0, 8, &waiter);
+	assert_false(waiter.refused);
+	end_thing(&scene, &own);
+	run_loop(&scene, 1);
+	assert_int_equal(begun, 2);
+	end_thing(&scene, &others);
+	run_loop(&scene, 1);
+	assert_true(waiter.granted);
+	refund(&scene, 0, 8);
+	refund(&scene, 1, 8);
 	close_scene(&scene);
 }
 
@@ -424,6 +456,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_contexts_go_first_oldest_first_and_no_more_than_lacks),
 		cmocka_unit_test(test_nothing_on_its_way_is_a_refusal_at_once),
+		cmocka_unit_test(test_what_can_never_fit_takes_nothing),
 		cmocka_unit_test(test_waits_for_what_is_not_yet_unmapped),
 		cmocka_unit_test(test_no_request_waits_for_ever),
 		cmocka_unit_test(test_a_full_pool_takes_from_others_what_is_above_their_min),
