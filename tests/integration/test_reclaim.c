@@ -423,6 +423,111 @@ static void test_a_full_pool_takes_what_others_have_idle_above_their_min(void **
 	stage_close(&s);
 }
 
+/* Each takes what the other has idle, again and again: nobody is refused, and nothing is lost. */
+static void test_two_tenants_at_war(void **state)
+{
+	struct kvg_cqe cqe;
+	char text[KVG_TEXT_SIZE];
+	struct stage s;
+	struct kv ours[4], theirs[4];
+
+	(void)state;
+	stage_open(&s);
+	for (unsigned i = 0; i < 4; i++) {
+		fill_idle(&s, s.idler, &ours[i], 4);
+		fill(&s, s.chat, &theirs[i], i < 3 ? 5 : 1);
+		assert_int_equal(kvg_idle(s.chat, theirs[i].id), 0);
+	}
+	for (unsigned round = 0; round < 12; round++) {
+		const struct kv *our = &ours[round % 4], *their = &theirs[round * 3 % 4];
+		const struct kvg_sqe sqe = {.op = KVG_OP_RESERVE, .seq = our->id};
+		uint64_t seq;
+
+		submit(s.idler, &sqe);
+		(void)restore(&s, their);
+		while (!is_done(s.idler, &cqe, text))
+			all_turn(&s);
+		if (cqe.status)
+			fail_msg("status %d: %s", cqe.status, text);
+		assert_int_equal(kv_check(our), 0);
+		assert_int_equal(kvg_idle(s.idler, our->id), 0);
+		assert_int_equal(kvg_idle(s.chat, their->id), 0);
+		seq = create_granted(&s, s.chat, round % 2 ? 24 : 20);
+		fixture_audit(&s.fixture);
+		free_sequence(&s, s.chat, seq);
+	}
+	assert_int_equal(usage_of(&s, "search").refusals, 0);
+	assert_int_equal(usage_of(&s, "chat").refusals, 0);
+	forget(ours, 4);
+	forget(theirs, 4);
+	stage_close(&s);
+}
+
+/* ---- races ---- */
+
+static void test_an_idle_sequence_is_touched_while_it_goes(void **state)
+{
+	struct stage s;
+	struct kv kvs[2];
+
+	(void)state;
+	stage_open(&s);
+	for (unsigned i = 0; i < 2; i++)
+		fill_idle(&s, s.idler, &kvs[i], 4);
+	for (unsigned round = 0; round < 8; round++) {
+		const struct kv *kv = &kvs[round % 2];
+		const struct kvg_sqe sqe = create(12), reserve = {.op = KVG_OP_RESERVE, .seq = kv->id};
+		struct kvg_cqe cqe;
+		char text[KVG_TEXT_SIZE];
+
+		submit(s.asker, &sqe);
+		granted(&s, s.idler, &reserve, &cqe);
+		assert_int_equal(kv_check(kv), 0);
+		while (!is_done(s.asker, &cqe, text))
+			all_turn(&s);
+		if (cqe.status)
+			fail_msg("status %d: %s", cqe.status, text);
+		assert_int_equal(kv_check(kv), 0);
+		fixture_audit(&s.fixture);
+		free_sequence(&s, s.asker, cqe.seq);
+		assert_int_equal(kvg_idle(s.idler, kv->id), 0);
+	}
+	assert_int_equal(usage_of(&s, "search").refusals, 0);
+	forget(kvs, 2);
+	stage_close(&s);
+}
+
+static void test_the_owner_of_what_goes_dies(void **state)
+{
+	const struct kvg_sqe sqe = create(16);
+	struct stage s;
+	struct kv kvs[4];
+
+	(void)state;
+	stage_open(&s);
+	for (unsigned round = 0; round < 4; round++) {
+		char text[KVG_TEXT_SIZE];
+		struct kvg_cqe cqe;
+
+		for (unsigned i = 0; i < 4; i++)
+			fill_idle(&s, s.idler, &kvs[i], 4);
+		submit(s.asker, &sqe);
+		for (unsigned i = 0; i < round; i++)
+			turn(s.asker);
+		s.idler = kvg_close(s.idler);
+		forget(kvs, 4);
+		while (!is_done(s.asker, &cqe, text))
+			turn(s.asker);
+		if (cqe.status)
+			fail_msg("status %d: %s", cqe.status, text);
+		s.idler = connect_to(&s, "state/search.sock", "idler");
+		fixture_audit(&s.fixture);
+		assert_int_equal(usage_of(&s, "search").host_charged, 0);
+		free_sequence(&s, s.asker, cqe.seq);
+	}
+	stage_close(&s);
+}
+
 /* ---- high ---- */
 
 static void test_above_high_the_background_reclaims_and_refuses_nobody(void **state)
@@ -642,6 +747,9 @@ int main(void)
 		cmocka_unit_test(test_a_smaller_one_goes_when_the_host_has_no_room_for_the_oldest),
 		cmocka_unit_test(test_an_eviction_waits_for_its_room),
 		cmocka_unit_test(test_a_full_pool_takes_what_others_have_idle_above_their_min),
+		cmocka_unit_test(test_two_tenants_at_war),
+		cmocka_unit_test(test_an_idle_sequence_is_touched_while_it_goes),
+		cmocka_unit_test(test_the_owner_of_what_goes_dies),
 		cmocka_unit_test(test_above_high_the_background_reclaims_and_refuses_nobody),
 		cmocka_unit_test(test_a_lower_max_reclaims_down_to_it_and_answers_then),
 		cmocka_unit_test(test_what_is_in_use_stands_in_the_way_of_a_lower_max),
