@@ -419,6 +419,8 @@ static void test_a_full_pool_takes_what_others_have_idle_above_their_min(void **
 	fixture_audit(&s.fixture);
 	for (unsigned i = 0; i < 5; i++)
 		assert_int_equal(restore(&s, &kvs[i]), i == 0);
+	assert_int_equal(fixture_budget_reset(&s.fixture, "chat", text), 0); /* no memory of a min comes back later */
+	fixture_wait_reserved(&s.fixture, "chat", 0);
 	forget(kvs, 5);
 	stage_close(&s);
 }
