@@ -46,7 +46,7 @@ enum meta_phase { META_PHASE_NONE = 0, META_PHASE_MARKING = 1, META_PHASE_MOVING
 
 /*
  * RESIDENT -> OFFLOADING -> OFFLOADED -> RESTORING -> RESIDENT. Blocks are given back when the image is complete, and
- * the image when the blocks are: a successor repeats what was under way or forgets it.
+ * the image when the blocks are: a successor repeats what was under way or forgets it. Of sequences and contexts.
  */
 enum meta_residency { META_RESIDENT = 0, META_OFFLOADING = 1, META_OFFLOADED = 2, META_RESTORING = 3 };
 
@@ -172,7 +172,10 @@ struct meta_context {
 	uint64_t offset, size; /* its range: struct meta_context_row [rows], then block ids, row by row */
 	uint32_t rows, ids;
 	uint8_t key[KVG_KEY_SIZE];
-	uint64_t reserved[8];
+	uint32_t residency; /* enum meta_residency; OFFLOADED: its rows name no blocks, and it has no extents */
+	uint32_t image;     /* first frame + 1 of its blocks on the host */
+	uint64_t image_bytes;
+	uint64_t reserved[6];
 	struct kvg_layout layout;
 };
 

@@ -329,6 +329,23 @@ static void see_rows(
 		expect(walk, object, "blocks", blocks, context->blocks);
 }
 
+/* Its image, and that it has no more than its state says. Returns whether its rows name blocks. */
+static bool see_context_host(struct walk *walk, const struct meta_context *context)
+{
+	bool nowhere =
+		context->residency == META_OFFLOADED || (context->residency == META_RESTORING && !context->blocks);
+	char object[96];
+
+	(void)snprintf(object, sizeof(object), "context %" PRIu64, context->id);
+	if (context->residency == META_RESIDENT && context->image)
+		differ(walk, "%s: it is on the device and has an image", object);
+	expect(walk, object, "bytes of its image", see_chain(walk, object, context->tenant, context->image),
+		context->image_bytes);
+	if (nowhere)
+		expect(walk, object, "blocks", 0, context->blocks);
+	return !nowhere;
+}
+
 static void see_context(struct walk *walk, const struct meta_context *context)
 {
 	uint64_t rows_size = context->rows * sizeof(struct meta_context_row);
@@ -349,7 +366,8 @@ static void see_published(struct walk *walk, uint32_t index)
 
 	for (uint32_t i = first; i != SLOT_NONE; i = walk->next_extent[i])
 		walk->extent_of_slot[walk->extents[i].slot] = i;
-	see_context(walk, &walk->contexts[index]);
+	if (see_context_host(walk, &walk->contexts[index]))
+		see_context(walk, &walk->contexts[index]);
 	for (uint32_t i = first; i != SLOT_NONE; i = walk->next_extent[i])
 		walk->extent_of_slot[walk->extents[i].slot] = SLOT_NONE;
 }

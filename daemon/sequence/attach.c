@@ -392,6 +392,8 @@ static void begin_attach(struct request *request, struct context *context, const
 	uint64_t blocks = context->tails + admission_blocks(&request->sqe.attach, space->rows, 0, 0);
 	int r;
 
+	if (!context_is_here(request, context))
+		return;
 	if (!request->context)
 		request->context = context_hold(context);
 	r = promise_admit(space, blocks, "the sequence", request->text);

@@ -34,6 +34,16 @@ int compute_start(struct kind *kind, char *text, size_t text_size)
 	return 0;
 }
 
+const struct compute_ops *compute_of(struct kind *kind)
+{
+#ifdef KVG_HAS_CUDA
+	if (kind->ops->device(kind))
+		return &compute_cuda;
+#endif
+	(void)kind;
+	return &compute_host;
+}
+
 /* ---- jobs ---- */
 
 static void run_now(struct job *job)

@@ -44,9 +44,15 @@ struct compute_ops {
 	 * after this turn; elsewhere called again when what was started is done. */
 	int (*unload)(struct request *request);
 	int (*load)(struct request *request);
+	/* What load() and unload() need of a space without a worker (context_host.c), in device.compute; NULL: nothing.
+	 * free() undoes it. On the reactor. 0 or a negative errno. */
+	int (*carry)(struct space *space);
 	/* How a job ends that only starts its work: executor.h. NULL: each is done when it returns. */
 	bool (*poll)(struct job *job);
 };
+
+/* The kind's. */
+const struct compute_ops *compute_of(struct kind *kind);
 
 extern const struct compute_ops compute_host;
 #ifdef KVG_HAS_CUDA

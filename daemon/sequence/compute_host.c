@@ -74,7 +74,7 @@ static int host_copy_blocks(struct request *request)
 
 static int host_copy(struct request *request)
 {
-	return image_copy(request->sequence, request->image);
+	return image_copy(request->image);
 }
 
 static int host_pack(struct request *request)

@@ -2,10 +2,13 @@
 #include "daemon/sequence/context.h"
 
 #include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "daemon/sequence/compute.h"
+#include "daemon/tier/host.h"
 
 static uint32_t context_index(const struct context *context)
 {
@@ -16,6 +19,8 @@ static void context_free(struct context *context)
 {
 	struct context *parent = context->parent;
 
+	list_remove(&context->host_node);
+	host_tier_give(context->tenant->pool->tier, context->tenant, context->part.context->image);
 	meta_context_deinit(context->tenant->pool->meta, &context->part);
 	(void)arena_unref(context->arena);
 	free(context->shared);
@@ -36,16 +41,29 @@ static void fill_meta(struct context *context, const struct space *space, uint32
 	meta->layout = space->part.worker->layout;
 }
 
-static void add_key(struct context *context, const struct space *space, const uint8_t *key)
+static void init_blocks(struct context *context)
+{
+	block_space_init(&context->blocks, context->tenant->pool, context->arena);
+	block_owner_init(&context->blocks.shared, context_index(context) + 1);
+}
+
+static void add_key(struct context *context, const uint8_t *key)
 {
 	struct tenant *tenant = context->tenant;
 
 	memcpy(context->part.context->key, key, KVG_KEY_SIZE);
 	memcpy(context->key.key, key, KVG_KEY_SIZE);
 	context->key.arena = context->arena;
-	block_space_init(&context->blocks, space->pool, context->arena);
-	block_owner_init(&context->blocks.shared, context_index(context) + 1);
+	init_blocks(context);
 	HASH_ADD(by_key, tenant->contexts_by_key, key, sizeof(struct context_key), context);
+}
+
+static void init_lists(struct context *context)
+{
+	list_init(&context->offer.node);
+	list_init(&context->mappings);
+	list_init(&context->waiting);
+	list_init(&context->host_node);
 }
 
 int context_new(struct space *space, struct context *parent, const uint8_t *key, uint32_t tokens, uint64_t ids,
@@ -66,9 +84,7 @@ int context_new(struct space *space, struct context *parent, const uint8_t *key,
 		free(context);
 		return r;
 	}
-	list_init(&context->offer.node);
-	list_init(&context->mappings);
-	list_init(&context->waiting);
+	init_lists(context);
 	context->tenant = space->tenant;
 	context->tenant->next_context = id;
 	context->arena = arena_ref(space->arena);
@@ -76,7 +92,7 @@ int context_new(struct space *space, struct context *parent, const uint8_t *key,
 	context->parent = parent ? context_ref(parent) : NULL;
 	fill_meta(context, space, tokens);
 	if (key)
-		add_key(context, space, key);
+		add_key(context, key);
 	*ret = context;
 	return 0;
 }
@@ -102,6 +118,49 @@ void context_seal(struct context *context)
 		return;
 	context->tenant->contexts++;
 	HASH_ADD(by_id, context->tenant->contexts_by_id, part.context->id, sizeof(uint64_t), context);
+}
+
+/* ---- extents of its own ---- */
+
+int context_create_extents(
+	struct context *context, uint32_t extents, void (*created)(struct extent_batch *batch), void *user, char *text)
+{
+	struct tenant *tenant = context->tenant;
+	struct quota *quota = &tenant->quota;
+	uint64_t size = context->arena->extent_size, bytes = extents * size;
+	struct extent_batch *batch;
+	int r = quota_charge(quota, bytes, 0, "the context", text);
+
+	if (r < 0)
+		return r;
+	reclaim_check(tenant);
+	batch = extent_batch_new(tenant->pool, created, user);
+	r = batch ? extent_batch_add_new(batch, context->arena, quota, tenant->index, META_NO_WORKER, extents)
+		  : -ENOMEM;
+	if (r < 0) {
+		quota_refund(quota, bytes - (batch ? batch->count * size : 0));
+		while (batch && !list_empty(&batch->extents))
+			extent_release(tenant->pool, list_entry(batch->extents.next, struct extent, node), 0);
+		(void)extent_batch_free(batch);
+		(void)snprintf(
+			text, QUOTA_TEXT, "%s: extents of %" PRIu64 " bytes: %s", quota->name, bytes, strerror(-r));
+		return r;
+	}
+	extent_batch_create(batch);
+	return 0;
+}
+
+int context_add_extents(struct context *context, struct extent_batch *batch)
+{
+	int status = batch->status;
+	struct list *node;
+
+	while (status < 0 && !list_empty(&batch->extents))
+		extent_release(batch->pool, list_entry(batch->extents.next, struct extent, node), 0);
+	while ((node = list_pop(&batch->extents)))
+		blocks_add_extent(&context->blocks, list_entry(node, struct extent, node));
+	(void)extent_batch_free(batch);
+	return status;
 }
 
 /* ---- finding ---- */
@@ -157,14 +216,19 @@ const struct context *context_next(const struct context *context)
 
 /* ---- the end ---- */
 
+static void release_all(struct extent_batch *batch)
+{
+	while (!list_empty(&batch->extents))
+		extent_release(batch->pool, list_entry(batch->extents.next, struct extent, node), 0);
+	(void)extent_batch_free(batch);
+}
+
 static void destroyed(struct extent_batch *batch)
 {
 	struct context *context = batch->user;
 	struct request *ender = context->ender;
 
-	while (!list_empty(&batch->extents))
-		extent_release(batch->pool, list_entry(batch->extents.next, struct extent, node), 0);
-	(void)extent_batch_free(batch);
+	release_all(batch);
 	if (context->reclaimed)
 		reclaim_progress(context->tenant, context->offer.bytes);
 	context_free(context);
@@ -186,15 +250,26 @@ static void take_extents(struct list *from, struct list *to)
 	}
 }
 
-static void destroy(struct context *context)
+static void destroy_then(struct context *context, void (*done)(struct extent_batch *batch))
 {
-	struct extent_batch *batch = extent_batch_new(context->tenant->pool, destroyed, context);
+	struct extent_batch *batch = extent_batch_new(context->tenant->pool, done, context);
 
 	if (!batch)
 		abort(); /* 100 bytes were not to be had: the service manager starts us again */
 	take_extents(&context->blocks.extents, &batch->extents);
 	take_extents(&context->blocks.spare, &batch->extents);
 	extent_batch_destroy(batch);
+}
+
+static void destroy(struct context *context)
+{
+	destroy_then(context, destroyed);
+}
+
+void context_discard_extents(struct context *context)
+{
+	destroy_then(context, release_all);
+	init_blocks(context);
 }
 
 static void ask_back(const struct list *extents)
@@ -226,6 +301,63 @@ static void end_published(struct context *context)
 	context_unmap(context);
 }
 
+struct context *context_shell_new(struct context *context)
+{
+	struct context *shell = calloc(1, sizeof(*shell));
+
+	if (!shell)
+		return NULL;
+	if (meta_context_new(context->tenant->pool->meta, context->part.context->id, 1, 0, &shell->part) < 0) {
+		free(shell);
+		return NULL;
+	}
+	init_lists(shell);
+	shell->tenant = context->tenant;
+	shell->arena = arena_ref(context->arena);
+	shell->forgotten = true;
+	shell->part.context->state = META_CONTEXT_ENDING;
+	shell->part.context->tenant = shell->tenant->index;
+	shell->part.context->stride = shell->arena->stride;
+	init_blocks(shell);
+	return shell;
+}
+
+struct context *context_shell_free(struct context *shell)
+{
+	if (shell)
+		context_free(shell);
+	return NULL;
+}
+
+static void move_extents(struct list *from, struct list *to)
+{
+	struct list *node;
+
+	while ((node = list_pop(from))) {
+		list_remove(&list_entry(node, struct extent, node)->open);
+		list_add_tail(to, node);
+	}
+}
+
+void context_shed(struct context *context, struct context *shell)
+{
+	struct list *node;
+
+	shell->reclaimed = true;
+	shell->offer.bytes = context_bytes(context);
+	shell->blocks.extent_count = context->blocks.extent_count;
+	move_extents(&context->blocks.extents, &shell->blocks.extents);
+	move_extents(&context->blocks.spare, &shell->blocks.extents);
+	init_blocks(context);
+	while ((node = list_pop(&context->mappings))) {
+		list_entry(node, struct mapping, node)->context = shell;
+		list_add_tail(&shell->mappings, node);
+	}
+	shell->mapped = context->mapped;
+	context->mapped = 0;
+	end_published(shell);
+}
+
 void context_mapping_ended(struct context *context, struct request *ender)
 {
 	if (--context->mapped || context->part.context->state != META_CONTEXT_ENDING)
@@ -251,6 +383,7 @@ static void end_anonymous(struct context *context)
 struct context *context_ref(struct context *context)
 {
 	reclaim_withdraw(&context->offer);
+	list_remove(&context->host_node);
 	context->part.context->refs++;
 	return context;
 }
@@ -260,6 +393,8 @@ static int begin_reclaim(struct reclaimable *offer)
 {
 	struct context *context = list_entry(offer, struct context, offer);
 
+	if (context_offload(context) >= 0)
+		return 0;
 	reclaim_withdraw(offer);
 	context->reclaimed = true;
 	context_forget(context);
@@ -275,6 +410,9 @@ static void left(struct context *context)
 		end_anonymous(context);
 	} else if (context->forgotten) {
 		end_published(context);
+	} else if (context->part.context->residency == META_OFFLOADED) {
+		if (list_empty(&context->host_node))
+			list_add_tail(&context->tenant->host_contexts, &context->host_node);
 	} else if (list_empty(&context->offer.node)) {
 		context->offer.bytes = context_bytes(context);
 		context->offer.begin = begin_reclaim;
@@ -293,6 +431,7 @@ void context_unref(struct context *context)
 struct context *context_hold(struct context *context)
 {
 	reclaim_withdraw(&context->offer);
+	list_remove(&context->host_node);
 	context->holds++;
 	return context;
 }
@@ -301,6 +440,21 @@ void context_let_go(struct context *context)
 {
 	context->holds--;
 	left(context);
+}
+
+void context_wait(struct request *request, struct context *context)
+{
+	list_add_tail(&context->waiting, &request->node);
+	list_init(&request->context_wait);
+	list_add_tail(&request->space->context_waits, &request->context_wait);
+}
+
+void context_begin_anew(struct request *request)
+{
+	if (request->sqe.op == KVG_OP_ATTACH)
+		op_attach(request);
+	else
+		op_publish(request);
 }
 
 void context_wake(struct context *context)
@@ -314,7 +468,7 @@ void context_wake(struct context *context)
 		struct request *request = list_entry(node, struct request, node);
 
 		list_remove(&request->context_wait);
-		op_publish(request);
+		context_begin_anew(request);
 	}
 }
 
@@ -342,6 +496,7 @@ void context_forget(struct context *context)
 	if (context->forgotten)
 		return;
 	reclaim_withdraw(&context->offer);
+	list_remove(&context->host_node);
 	unlist(context);
 	left(context);
 }

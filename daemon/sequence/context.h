@@ -10,9 +10,12 @@
  * copy in its own first block. Nothing of a context is ever evicted, for its tokens count as the sequence's prefix.
  *
  * References are sequences and contexts that go on from it. A published context without any is on offer to whoever
- * needs device memory (tenant/reclaim.h), and stays until it is forgotten; it ends when no worker maps its extents any
- * more. A worker maps them with its first sequence that is attached, and then until the context ends or the worker
- * does.
+ * needs device memory (tenant/reclaim.h). Then its image goes to the host tier where the tenant's budget there has room
+ * for it, and it has no extents until somebody attaches to it; one that goes on from another, and one that there is no
+ * room for, is forgotten. Those on the host are forgotten when images of others, or pairs that evictions drop, need the
+ * room. A context that is forgotten ends with its last reference. A worker maps extents with its first sequence that is
+ * attached, and then until it is asked to unmap them, because the context ends or goes to the host, or is gone; they
+ * are destroyed when no worker maps them any more.
  *
  * All of it is the reactor's, but for copies (compute.h).
  */
@@ -28,6 +31,8 @@ struct context_key {
 	uint8_t key[KVG_KEY_SIZE];
 	const struct arena *arena;
 };
+
+struct context_move;
 
 struct context {
 	UT_hash_handle by_key, by_id; /* in the tenant's tables, when published */
@@ -48,7 +53,9 @@ struct context {
 	uint32_t mapped;           /* workers that have mapped its extents or have not said that they unmapped them */
 	bool forgotten;            /* nobody finds it any more */
 	struct list mappings;      /* in use */
-	struct list waiting;       /* COPYING: requests that wait for it */
+	struct list waiting;       /* COPYING, or on its way to the host or back: requests that wait for it */
+	struct context_move *move; /* to the host or back, under way; NULL: none. It has a hold */
+	struct list host_node;     /* in the tenant's host_contexts */
 	struct request *ender;     /* UNMAPPED that waits for its end */
 	struct reclaimable offer;  /* published, and in nobody's use */
 	bool reclaimed;            /* forgotten for the sake of its memory */
@@ -103,13 +110,24 @@ void context_unref(struct context *context);
 /* Nobody finds a published context any more. It ends with its last reference. */
 void context_forget(struct context *context);
 
+/*
+ * What takes the extents and mappings of a context that has an image, and ends when they are gone: with
+ * reclaim_progress(). NULL: no memory, or too many contexts.
+ */
+struct context *context_shell_new(struct context *context);
+struct context *context_shell_free(struct context *shell); /* nothing was given to it */
+void context_shed(struct context *context, struct context *shell);
+
+/* Destroys its extents, which no worker has mapped. */
+void context_discard_extents(struct context *context);
+
 /* Forgets all of a tenant's. They are gone when its workers are and the executor has nothing left to do. */
 void context_forget_all(struct tenant *tenant);
 
 /* The nearest published context, itself with it; or NULL. */
 struct context *context_published(struct context *context);
 
-/* Bytes of the extents of a published context. */
+/* Bytes of the extents of a published context; 0 while it is on the host. */
 uint64_t context_bytes(const struct context *context);
 
 /* Pairs of the whole chain, the last tails with them. */
@@ -119,8 +137,45 @@ uint64_t context_pairs(const struct context *context);
 const struct context *context_first(const struct tenant *tenant);
 const struct context *context_next(const struct context *context);
 
-/* Those that wait for it go on: it is sealed, or gone. */
+/* The request waits for what is under way with the context: COPYING, or a move. Requests are PUBLISH and ATTACH. */
+void context_wait(struct request *request, struct context *context);
+
+/* Begins such a request from its beginning. */
+void context_begin_anew(struct request *request);
+
+/* Those that wait for it go on, from their beginning: it is sealed, on the device, on the host, or gone. */
 void context_wake(struct context *context);
+
+/*
+ * Charges and creates extents for a published context; created() takes them from the batch, whose user is `user`. 0, or
+ * a negative errno with text.
+ */
+int context_create_extents(
+	struct context *context, uint32_t extents, void (*created)(struct extent_batch *batch), void *user, char *text);
+
+/* created()'s part of it: the extents are the context's, or gone, and so is the batch. Returns its status. */
+int context_add_extents(struct context *context, struct extent_batch *batch);
+
+/* ---- context_host.c: to the host and back ---- */
+
+/*
+ * Starts to send a context that nobody uses to the host; reclaim_progress() comes when its device memory is back. A
+ * negative errno: it cannot go there.
+ */
+int context_offload(struct context *context);
+
+/*
+ * Whether the context's blocks are on the device. If not, they are brought back first: the request, PUBLISH or ATTACH,
+ * is begun anew later, or fails, and request->context is NULL or a hold.
+ */
+bool context_is_here(struct request *request, struct context *context);
+
+/*
+ * The tenant needs `bytes` more of the host: contexts that are there and that nobody uses are forgotten, oldest first,
+ * as long as that lacks. partly: fewer bytes are of use, too; otherwise nothing is done when even all of them have too
+ * few.
+ */
+void context_make_host_room(struct tenant *tenant, uint64_t bytes, bool partly);
 
 /* ---- attach.c: sequences and mappings ---- */
 

@@ -334,6 +334,21 @@ static int cuda_open(struct space *space, const struct space_memory *memory, cha
 	return r;
 }
 
+/* A device that has no stream, for transfers alone. */
+static int cuda_carry(struct space *space)
+{
+	struct compute_device *device = calloc(1, sizeof(*device));
+
+	if (!device)
+		return -ENOMEM;
+	device->space = &space->device;
+	device->kind = space->pool->kind;
+	device->cuda = device->kind->ops->device(device->kind);
+	device->kernels = cuda_kernels(device->kind);
+	space->device.compute = device;
+	return 0;
+}
+
 /* ---- the end of a job ---- */
 
 static bool over(struct request *request, int status)
@@ -455,6 +470,7 @@ const struct compute_ops compute_cuda = {
 	.copy = cuda_copy,
 	.unload = cuda_copy_image,
 	.load = cuda_copy_image,
+	.carry = cuda_carry,
 	.publish = cuda_publish,
 	.event = cuda_event,
 	.poll = cuda_poll,

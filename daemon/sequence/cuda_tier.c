@@ -1,4 +1,4 @@
-/* Images of sequences: from blocks to the host tier and back. */
+/* Images of sequences and contexts: from blocks to the host tier and back. */
 #include <errno.h>
 
 #include "daemon/sequence/cuda_transfer.h"
@@ -47,13 +47,15 @@ static bool place_units(struct image *image, uint32_t unit, uint32_t count, stru
 }
 
 /* Blocks come first, then their pairs, from the first block on again. 1, 0 when all are through, or -EIO. */
-static int load_cargo(const struct sequence *sequence, struct image *image, uint32_t *ids, struct cargo *cargo)
+static int load_cargo(struct image *image, uint32_t *ids, struct cargo *cargo)
 {
 	const struct image_shape shape =
-		image_shape(&sequence->space->arena->layout.groups[0], host_tier_frame_size(image->tier));
+		image_shape(&image->arena->layout.groups[0], host_tier_frame_size(image->tier));
 	uint32_t unit, most = IDS_MAX;
 
 	*cargo = (struct cargo){.pairs = image->copied == image->blocks};
+	if (image_is_complete(image))
+		return 0;
 	if (!image->begun_ns)
 		image->begun_ns = loop_now();
 	unit = cargo->pairs ? IMAGE_PLACES : shape.unit;
@@ -61,9 +63,9 @@ static int load_cargo(const struct sequence *sequence, struct image *image, uint
 		return -EIO;
 	if (most > TRANSFER_BYTES / unit)
 		most = (uint32_t)(TRANSFER_BYTES / unit);
-	cargo->count = image_walk_next(sequence, &image->walk, ids, most);
+	cargo->count = image_walk_next(image, ids, most);
 	if (!cargo->count)
-		return image_is_complete(image) ? 0 : -EIO;
+		return -EIO;
 	if (!place_units(image, unit, cargo->count, cargo))
 		return -EIO;
 	if (cargo->pairs) {
@@ -155,7 +157,7 @@ static int next_window(struct cuda_transfer *transfer, struct cuda_window *windo
 {
 	struct request *request = transfer->request;
 	struct cargo cargo;
-	int r = load_cargo(request->sequence, request->image, (uint32_t *)(void *)window->upload, &cargo);
+	int r = load_cargo(request->image, (uint32_t *)(void *)window->upload, &cargo);
 
 	if (r <= 0)
 		return r;

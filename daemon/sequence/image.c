@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/sequence/context.h"
 #include "kernels/host/copy.h"
 
 #define STRIPE_HELD  UINT32_MAX
@@ -33,9 +34,9 @@ static uint32_t align_places(uint32_t offset)
 	return (offset + PLACES_ALIGN - 1) / PLACES_ALIGN * PLACES_ALIGN;
 }
 
-uint32_t image_frames(const struct image_shape *shape, uint32_t frame_size, uint64_t blocks)
+uint32_t image_frames(const struct image_shape *shape, uint32_t frame_size, uint64_t blocks, bool places)
 {
-	uint64_t units = blocks * shape->units, each = frame_size / shape->unit, frames, rest = blocks;
+	uint64_t units = blocks * shape->units, each = frame_size / shape->unit, frames, rest = places ? blocks : 0;
 	uint64_t in_frame = frame_size / IMAGE_PLACES, tail;
 
 	if (!blocks)
@@ -100,10 +101,45 @@ static uint32_t take_runs(const struct sequence *sequence, struct image_walk *wa
 	return count;
 }
 
-uint32_t image_walk_next(const struct sequence *sequence, struct image_walk *walk, uint32_t *ids, uint32_t most)
+/* Ids of full blocks lie row by row. */
+static uint32_t take_full(const struct context *context, struct image_walk *walk, uint32_t *ids, uint32_t most)
+{
+	uint32_t left = context->part.context->ids - walk->index, n = left < most ? left : most;
+
+	memcpy(ids, context->part.ids + walk->index, n * sizeof(uint32_t));
+	walk->index += n;
+	if (n == left)
+		*walk = (struct image_walk){0};
+	return n;
+}
+
+static uint32_t take_tails(const struct context *context, struct image_walk *walk, uint32_t *ids, uint32_t most)
 {
 	uint32_t count = 0;
 
+	for (; count < most && walk->row < context->rows; walk->row++)
+		if (context->part.rows[walk->row].tail)
+			ids[count++] = context->part.rows[walk->row].tail_block;
+	return count;
+}
+
+static uint32_t next_of_context(const struct context *context, struct image_walk *walk, uint32_t *ids, uint32_t most)
+{
+	uint32_t count = walk->stripe == STRIPE_HELD ? take_full(context, walk, ids, most) : 0;
+
+	if (walk->stripe != STRIPE_HELD)
+		count += take_tails(context, walk, ids + count, most - count);
+	return count;
+}
+
+uint32_t image_walk_next(struct image *image, uint32_t *ids, uint32_t most)
+{
+	const struct sequence *sequence = image->sequence;
+	struct image_walk *walk = &image->walk;
+	uint32_t count = 0;
+
+	if (!sequence)
+		return next_of_context(image->context, walk, ids, most);
 	if (walk->stripe == STRIPE_HELD) {
 		count = take_held(sequence, walk, ids, most);
 		if (walk->row == sequence->space->rows)
@@ -116,21 +152,45 @@ uint32_t image_walk_next(const struct sequence *sequence, struct image_walk *wal
 
 /* ---- copies ---- */
 
-struct image *image_new(const struct sequence *sequence, uint32_t first, bool load)
+static struct image *new_image(const struct tenant *tenant, const struct arena *arena, uint32_t first, bool load)
 {
-	const struct space *space = sequence->space;
+	struct host_tier *tier = tenant->pool->tier;
 	struct image *image = malloc(sizeof(*image));
 
 	if (!image)
 		return NULL;
-	*image = (struct image){.tier = space->pool->tier,
+	*image = (struct image){.arena = arena,
+		.meta = tenant->pool->meta,
+		.tier = tier,
 		.load = load,
 		.first = first,
 		.opened = first,
-		.blocks = sequence->meta->blocks,
-		.cursor = host_cursor(space->pool->tier, first),
-		.turn.tenant = space->tenant->index};
+		.cursor = host_cursor(tier, first),
+		.turn.tenant = tenant->index};
 	image_walk_init(&image->walk);
+	return image;
+}
+
+struct image *image_new(const struct sequence *sequence, uint32_t first, bool load)
+{
+	const struct space *space = sequence->space;
+	struct image *image = new_image(space->tenant, space->arena, first, load);
+
+	if (!image)
+		return NULL;
+	image->sequence = sequence;
+	image->blocks = sequence->meta->blocks;
+	return image;
+}
+
+struct image *image_new_context(const struct context *context, uint32_t first, bool load)
+{
+	struct image *image = new_image(context->tenant, context->arena, first, load);
+
+	if (!image)
+		return NULL;
+	image->context = context;
+	image->blocks = image->placed = context->part.context->blocks;
 	return image;
 }
 
@@ -168,8 +228,9 @@ static void copy(const struct image *image, uint8_t *at, uint8_t *in_image, uint
 		kvg_stream_copy(in_image, at, size);
 }
 
-static void copy_block(const struct arena *arena, const struct image_shape *shape, struct image *image, uint32_t id)
+static void copy_block(const struct image_shape *shape, struct image *image, uint32_t id)
 {
+	const struct arena *arena = image->arena;
 	uint8_t *k = arena->base + id * arena->stride, *v = k + arena->extent_size / 2;
 	uint8_t *in_image = host_cursor_take(&image->cursor, shape->unit);
 
@@ -181,9 +242,9 @@ static void copy_block(const struct arena *arena, const struct image_shape *shap
 	copy(image, v, in_image, shape->v_half);
 }
 
-static void copy_places(const struct space *space, struct image *image, uint32_t id)
+static void copy_places(struct image *image, uint32_t id)
 {
-	struct meta_place *places = blocks_places(space->arena, space->pool->meta, id);
+	struct meta_place *places = blocks_places(image->arena, image->meta, id);
 	uint8_t *in_image = host_cursor_take(&image->cursor, IMAGE_PLACES);
 
 	if (image->load)
@@ -193,16 +254,16 @@ static void copy_places(const struct space *space, struct image *image, uint32_t
 }
 
 /* The next few blocks, or places of them. */
-static void copy_some(const struct sequence *sequence, const struct image_shape *shape, struct image *image)
+static void copy_some(const struct image_shape *shape, struct image *image)
 {
-	uint32_t ids[SOME_BLOCKS], n = image_walk_next(sequence, &image->walk, ids, SOME_BLOCKS);
+	uint32_t ids[SOME_BLOCKS], n = image_walk_next(image, ids, SOME_BLOCKS);
 	bool places = image->copied == image->blocks;
 
 	for (uint32_t i = 0; i < n; i++) {
 		if (places)
-			copy_places(sequence->space, image, ids[i]);
+			copy_places(image, ids[i]);
 		else
-			copy_block(sequence->space->arena, shape, image, ids[i]);
+			copy_block(shape, image, ids[i]);
 	}
 	if (places) {
 		image->placed += n;
@@ -215,15 +276,15 @@ static void copy_some(const struct sequence *sequence, const struct image_shape 
 	}
 }
 
-int image_copy(const struct sequence *sequence, struct image *image)
+int image_copy(struct image *image)
 {
 	const struct image_shape shape =
-		image_shape(&sequence->space->arena->layout.groups[0], host_tier_frame_size(image->tier));
+		image_shape(&image->arena->layout.groups[0], host_tier_frame_size(image->tier));
 
 	if (!image->begun_ns)
 		image->begun_ns = loop_now();
 	while (!image_is_complete(image)) {
-		copy_some(sequence, &shape, image);
+		copy_some(&shape, image);
 		if (turns_over(&image->turn, loop_now()))
 			break;
 	}

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "daemon/sequence/compute.h"
+#include "daemon/sequence/context.h"
 #include "daemon/sequence/image.h"
 #include "daemon/sequence/keep.h"
 #include "daemon/sequence/promise.h"
@@ -282,9 +283,10 @@ static int take_image(struct request *request)
 	struct image_shape shape = image_shape(&space->arena->layout.groups[0], size);
 	int r;
 
-	count = image_frames(&shape, size, meta->blocks - surplus);
+	count = image_frames(&shape, size, meta->blocks - surplus, true);
 	if (!count)
 		return 0;
+	context_make_host_room(space->tenant, (uint64_t)count * size, false);
 	r = host_tier_take(tier, space->tenant, count, "the image of a sequence", &meta->image, request->text);
 	if (r >= 0)
 		meta->image_bytes = (uint64_t)count * size;

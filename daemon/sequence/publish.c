@@ -184,12 +184,16 @@ static void join_existing(struct request *request, struct context *context)
 			sequence->meta->committed_pos);
 		return;
 	}
+	if (!context_is_here(request, context))
+		return;
+	if (!request->context)
+		request->context = context_hold(context);
 	if (block_copy_init(&request->copy, context->tails, context->tails) < 0) {
+		context_request_ended(request);
 		request_fail(request, -ENOMEM, "publish: out of memory");
 		return;
 	}
 	list_own_tails(sequence, &request->copy, 0);
-	request->context = context_hold(context);
 	compute_submit(request, request->space->compute->copy, existing_sealed);
 }
 
@@ -299,15 +303,8 @@ static void fill(struct request *request)
 static void created(struct extent_batch *batch)
 {
 	struct request *request = batch->user;
-	struct context *context = request->context;
-	int status = batch->status;
-	struct list *node;
+	int status = context_add_extents(request->context, batch);
 
-	while (status < 0 && !list_empty(&batch->extents))
-		extent_release(batch->pool, list_entry(batch->extents.next, struct extent, node), 0);
-	while ((node = list_pop(&batch->extents)))
-		blocks_add_extent(&context->blocks, list_entry(node, struct extent, node));
-	(void)extent_batch_free(batch);
 	if (!goes_on(request))
 		return;
 	if (status >= 0) {
@@ -319,42 +316,15 @@ static void created(struct extent_batch *batch)
 	give_up(request, status);
 }
 
-/* Extents of its own, charged to the tenant. */
-static int grow(struct request *request, uint32_t extents)
-{
-	struct space *space = request->space;
-	struct quota *quota = &space->tenant->quota;
-	uint64_t bytes = extents * (uint64_t)space->arena->extent_size;
-	struct extent_batch *batch;
-	int r = quota_charge(quota, bytes, 0, "the context", request->text);
-
-	if (r < 0)
-		return r;
-	reclaim_check(space->tenant);
-	batch = extent_batch_new(space->pool, created, request);
-	r = batch ? extent_batch_add_new(batch, space->arena, quota, space->tenant->index, META_NO_WORKER, extents)
-		  : -ENOMEM;
-	if (r < 0) {
-		quota_refund(quota, bytes - (batch ? batch->count * space->arena->extent_size : 0));
-		while (batch && !list_empty(&batch->extents))
-			extent_release(space->pool, list_entry(batch->extents.next, struct extent, node), 0);
-		(void)extent_batch_free(batch);
-		(void)snprintf(request->text, sizeof(request->text), "%s: extents of %" PRIu64 " bytes: %s",
-			quota->name, bytes, strerror(-r));
-		return r;
-	}
-	space->jobs++;
-	extent_batch_create(batch);
-	return 0;
-}
-
 static void grow_or_wait(struct request *request)
 {
 	const struct arena *arena = request->space->arena;
 	uint32_t each = arena->blocks_per_extent;
 	uint32_t extents = (request->copy.count - request->copy.places / 2 + each - 1) / each;
-	int r = grow(request, extents);
+	int r = context_create_extents(request->context, extents, created, request, request->text);
 
+	if (r >= 0)
+		request->space->jobs++;
 	if (r == -ENOSPC && space_wait_memory(request, extents * (uint64_t)arena->extent_size, grow_or_wait))
 		return;
 	if (r < 0)
@@ -399,18 +369,14 @@ static void make(struct request *request)
 		grow_or_wait(request);
 }
 
-static void wait_for(struct request *request, struct context *context)
-{
-	list_add_tail(&context->waiting, &request->node);
-	list_init(&request->context_wait);
-	list_add_tail(&request->space->context_waits, &request->context_wait);
-}
-
 void op_publish(struct request *request)
 {
 	struct space *space = request->space;
 	const struct meta_seq *meta = request->sequence->meta;
-	struct context *existing = context_find(space->tenant, space->arena, request->sqe.publish.key);
+	struct context *existing = request->context; /* held while it waited for memory to bring it back */
+
+	if (!existing)
+		existing = context_find(space->tenant, space->arena, request->sqe.publish.key);
 
 	if (!space->compute->copy)
 		request_fail(request, -EOPNOTSUPP, "publish: this kind has no contexts");
@@ -420,7 +386,7 @@ void op_publish(struct request *request)
 	else if (!existing)
 		make(request);
 	else if (existing->part.context->state == META_CONTEXT_COPYING)
-		wait_for(request, existing);
+		context_wait(request, existing);
 	else
 		join_existing(request, existing);
 }

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "daemon/sequence/compute.h"
+#include "daemon/sequence/context.h"
 #include "daemon/sequence/retain.h"
 #include "daemon/tier/host.h"
 
@@ -93,6 +94,7 @@ bool retain_take(struct sequence *sequence, uint64_t pairs)
 		return false;
 	need = retain_frames_for(&retain->form, retain->count + pairs);
 	want = need > retain->frame_count ? min_u64(need - retain->frame_count, UINT32_MAX - retain->frame_count) : 0;
+	context_make_host_room(sequence->space->tenant, want * retain->form.frame_size, true);
 	want = within_budget(sequence, want);
 	if (want)
 		(void)take_frames(sequence, (uint32_t)want);

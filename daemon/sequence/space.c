@@ -49,16 +49,6 @@ static bool has_device(const struct pool *pool)
 	return pool->kind->ops->device(pool->kind);
 }
 
-static const struct compute_ops *choose_compute(struct kind *kind)
-{
-#ifdef KVG_HAS_CUDA
-	if (kind->ops->device(kind))
-		return &compute_cuda;
-#endif
-	(void)kind;
-	return &compute_host;
-}
-
 int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t worker_id, const struct space_ops *ops,
 	void *user, struct space **ret, char *text)
 {
@@ -81,7 +71,7 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	space->rows = layout->groups[0].layers * layout->groups[0].head_count;
 	space->table = (struct table){.fd = -1, .reader_fd = -1};
 	space->device = (struct space_device){.table_fd = -1, .staging_fd = -1};
-	space->compute = choose_compute(space->pool->kind);
+	space->compute = compute_of(space->pool->kind);
 	list_init(&space->dropped);
 	list_init(&space->wait_queue);
 	list_init(&space->evict_queue);

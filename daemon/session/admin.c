@@ -367,6 +367,10 @@ static void fill_sequence(Kvg__Sequence *row, const struct worker *worker, const
 
 static void fill_context(Kvg__Context *row, const struct context *context)
 {
+	static const char *const states[] = {[META_RESIDENT] = "device",
+		[META_OFFLOADING] = "offloading",
+		[META_OFFLOADED] = "host",
+		[META_RESTORING] = "restoring"};
 	const struct meta_context *meta = context->part.context;
 
 	kvg__context__init(row);
@@ -379,7 +383,8 @@ static void fill_context(Kvg__Context *row, const struct context *context)
 	row->bytes = context_bytes(context);
 	row->attached = context->attached;
 	row->workers = context->mapped;
-	row->state = (char *)(uintptr_t) "device";
+	row->image = meta->image_bytes;
+	row->state = (char *)(uintptr_t)states[meta->residency];
 }
 
 static void on_contexts(struct admin_peer *peer, uint64_t id)

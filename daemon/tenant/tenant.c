@@ -21,6 +21,7 @@ int tenant_new(struct pool *pool, const char *name, uint64_t device_max, struct 
 		return -ENOMEM;
 	list_init(&tenant->arenas);
 	list_init(&tenant->pressed_node);
+	list_init(&tenant->host_contexts);
 	for (unsigned i = 0; i < RECLAIM_KINDS; i++)
 		list_init(&tenant->offers[i]);
 	tenant->index = index;

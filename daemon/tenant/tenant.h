@@ -45,6 +45,8 @@ struct tenant {
 	struct context *contexts_by_key, *contexts_by_id; /* published ones, see daemon/sequence/context.h */
 	uint32_t contexts;                                /* of them, those that can be found */
 	uint64_t next_context;
+	struct list
+		host_contexts; /* published, in nobody's use and on the host alone: those left alone longest first */
 	unsigned workers, sequences;
 	uint64_t claimed;        /* bytes of device memory that its workers asked for outside of the budget */
 	struct reclaim *reclaim; /* borrowed; NULL: nothing is reclaimed and nobody waits */

@@ -10,7 +10,7 @@ static struct kvg_group group_of(uint32_t k_dim, uint32_t v_dim, uint32_t dtype)
 }
 
 /* Frames counted by laying the image out unit by unit. */
-static uint32_t lay_out(const struct image_shape *shape, uint32_t frame_size, uint64_t blocks)
+static uint32_t lay_out(const struct image_shape *shape, uint32_t frame_size, uint64_t blocks, bool places)
 {
 	uint32_t frames = 1, offset = 0;
 
@@ -19,7 +19,7 @@ static uint32_t lay_out(const struct image_shape *shape, uint32_t frame_size, ui
 		offset = offset + shape->unit > frame_size ? shape->unit : offset + shape->unit;
 	}
 	offset = (offset + 127) / 128 * 128;
-	for (uint64_t i = 0; i < blocks; i++) {
+	for (uint64_t i = 0; places && i < blocks; i++) {
 		frames += offset + IMAGE_PLACES > frame_size;
 		offset = offset + IMAGE_PLACES > frame_size ? IMAGE_PLACES : offset + IMAGE_PLACES;
 	}
@@ -40,8 +40,9 @@ static void test_frames(void **state)
 
 				assert_true(shape.units == 2 || shape.k_half + shape.v_half <= sizes[s]);
 				for (uint64_t blocks = 0; blocks < 1200; blocks += 1 + blocks / 7)
-					assert_int_equal(image_frames(&shape, sizes[s], blocks),
-						lay_out(&shape, sizes[s], blocks));
+					for (unsigned places = 0; places < 2; places++)
+						assert_int_equal(image_frames(&shape, sizes[s], blocks, places),
+							lay_out(&shape, sizes[s], blocks, places));
 			}
 }
 
@@ -57,14 +58,15 @@ static void test_walk(void **state)
 	struct model *model = model_new(fixture, &policy, SCORES_RANDOM);
 	const struct sequence *sequence = space_sequence(fixture->space, model->handle);
 	uint32_t ids[4096], rows = fixture->space->rows, total = 0, at = 0, n;
-	struct image_walk walk;
+	struct image *image;
 
 	(void)state;
 	assert_int_equal(model_append(model, 512), 0);
 	model_evict(model, KVG_EVICT_PREFILL);
 	assert_int_equal(model_append(model, 300), 0);
-	image_walk_init(&walk);
-	for (uint32_t most = 1; (n = image_walk_next(sequence, &walk, ids + total, most)); most = most % 37 + 1)
+	image = image_new(sequence, 0, false);
+	assert_non_null(image);
+	for (uint32_t most = 1; (n = image_walk_next(image, ids + total, most)); most = most % 37 + 1)
 		total += n;
 	assert_int_equal(total, sequence->meta->blocks);
 	for (uint32_t row = 0; row < rows; row++)
@@ -77,6 +79,7 @@ static void test_walk(void **state)
 				assert_int_equal(
 					ids[at++], meta_run(&fixture->space->part, sequence->slot, s)[row] + i);
 	assert_int_equal(at, total);
+	(void)image_free(image);
 	model_release(model);
 	fixture_free(fixture);
 }
