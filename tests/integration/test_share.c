@@ -20,6 +20,11 @@
 	"[tenant search]\nsocket = search.sock\ndevice.max = 48M\n"                                                    \
 	"[tenant spy]\nsocket = spy.sock\ndevice.max = 16M\n"
 
+#define HOST_CONFIG                                                                                                    \
+	"[pool]\ndevice.size = 64M\nextent_size = 256K\nhost.size = 16M\n"                                             \
+	"[tenant search]\nsocket = search.sock\ndevice.max = 48M\n"                                                    \
+	"[tenant spy]\nsocket = spy.sock\ndevice.max = 16M\n"
+
 static const struct kvg_policy question = {.mode = KVG_MODE_OFF, .ratio = 1, .context_tokens = 100};
 
 struct stage {
@@ -28,12 +33,17 @@ struct stage {
 	char socket[FIXTURE_PATH], spy[FIXTURE_PATH];
 };
 
-static void stage_open(struct stage *s)
+static void stage_open_with(struct stage *s, const char *config)
 {
-	fixture_start(&s->fixture, CONFIG);
+	fixture_start(&s->fixture, config);
 	kv_small_layout(&s->layout, 8, 4096);
 	(void)fixture_path(&s->fixture, "state/search.sock", s->socket);
 	(void)fixture_path(&s->fixture, "state/spy.sock", s->spy);
+}
+
+static void stage_open(struct stage *s)
+{
+	stage_open_with(s, CONFIG);
 }
 
 static void stage_close(struct stage *s)
@@ -343,6 +353,146 @@ static void test_forks_through_the_library(void **state)
 	stage_close(&s);
 }
 
+/* ---- to the host and back ---- */
+
+/* Publishes in a process that is then killed. Returns the context's extents. */
+static uint64_t publish_and_die(struct stage *s)
+{
+	struct process publisher;
+	struct fixture_context context;
+
+	process_fork(&publisher, publisher_main, s);
+	assert_int_equal(process_hear(&publisher), 'p');
+	process_kill(&publisher);
+	assert_true(fixture_wait_gone(&s->fixture, 0, UINT64_MAX, FIXTURE_WAIT_MS));
+	fixture_audit(&s->fixture);
+	assert_true(fixture_find_context(&s->fixture, "search", 1, &context));
+	assert_string_equal(context.state, "device");
+	assert_int_equal(context.image, 0);
+	assert_int_equal(context.bytes, charged(s));
+	return context.bytes / EXTENT;
+}
+
+static uint64_t host_charged(const struct stage *s)
+{
+	struct fixture_usage usage;
+
+	fixture_tenant(&s->fixture, "search", &usage);
+	return usage.host_charged;
+}
+
+static void check_on_host(const struct stage *s)
+{
+	struct fixture_context context;
+
+	assert_true(fixture_find_context(&s->fixture, "search", 1, &context));
+	assert_string_equal(context.state, "host");
+	assert_int_equal(context.bytes, 0);
+	assert_true(context.image > 0);
+	assert_int_equal(context.image, host_charged(s));
+	assert_int_equal(context.attached, 0);
+	assert_int_equal(context.workers, 0);
+	assert_int_equal(fixture_physical(&s->fixture), charged(s));
+	fixture_audit(&s->fixture);
+}
+
+/* Its publisher is gone, and then its device memory: whoever attaches has the same bytes. */
+static void test_to_the_host_and_back(void **state)
+{
+	struct stage s;
+	struct reader reader, second;
+	struct fixture_context context;
+	struct kvg_client *client;
+	struct kvg_cqe cqe;
+	struct kv twin;
+	uint64_t extents;
+
+	(void)state;
+	stage_open_with(&s, HOST_CONFIG);
+	extents = publish_and_die(&s);
+	for (unsigned round = 0; round < 3; round++) {
+		assert_int_equal(fixture_reclaim(&s.fixture, "search"), 1);
+		assert_int_equal(charged(&s), 0);
+		check_on_host(&s);
+		assert_int_equal(fixture_reclaim(&s.fixture, "search"), 0);
+		client = kv_connect(s.socket, "twin", &s.layout);
+		assert_non_null(client);
+		assert_int_equal(read_prompt(&twin, client, &s.layout, 5), 0);
+		assert_int_equal(find(client, 1, &cqe), 1);
+		assert_int_equal(cqe.value[2], TOKENS);
+		assert_int_equal(cqe.value[3], 0);
+		check_on_host(&s);
+		reader_open(&s, &reader, &twin, 1);
+		reader_open(&s, &second, &twin, 1);
+		assert_true(fixture_find_context(&s.fixture, "search", 1, &context));
+		assert_string_equal(context.state, "device");
+		assert_int_equal(context.bytes, extents * EXTENT);
+		assert_int_equal(context.image, 0);
+		assert_int_equal(context.attached, 2);
+		assert_int_equal(host_charged(&s), 0);
+		fixture_audit(&s.fixture);
+		assert_int_equal(kv_feed(&reader.kv, 30, 9), 0);
+		assert_int_equal(kv_check(&reader.kv), 0);
+		assert_int_equal(kv_check(&second.kv), 0);
+		assert_int_equal(publish(client, twin.id, 1, &cqe), 0);
+		assert_int_equal(cqe.value[0], 1);
+		assert_int_equal(kv_check(&twin), 0);
+		reader_close(&reader);
+		reader_close(&second);
+		kv_forget(&twin);
+		client = kvg_close(client);
+		assert_true(fixture_wait_gone(&s.fixture, 0, extents * EXTENT, FIXTURE_WAIT_MS));
+		fixture_audit(&s.fixture);
+	}
+	assert_int_equal(fixture_reclaim(&s.fixture, "search"), 1); /* the daemon stops with it on the host */
+	stage_close(&s);
+}
+
+/* Published again while it is on the host. */
+static void test_published_again_on_the_host(void **state)
+{
+	struct stage s;
+	struct kvg_client *client;
+	struct kvg_cqe cqe;
+	struct kv twin;
+
+	(void)state;
+	stage_open_with(&s, HOST_CONFIG);
+	(void)publish_and_die(&s);
+	assert_int_equal(fixture_reclaim(&s.fixture, "search"), 1);
+	check_on_host(&s);
+	client = kv_connect(s.socket, "twin", &s.layout);
+	assert_non_null(client);
+	assert_int_equal(read_prompt(&twin, client, &s.layout, 5), 0);
+	assert_int_equal(publish(client, twin.id, 1, &cqe), 0);
+	assert_int_equal(cqe.value[0], 1);
+	assert_int_equal(cqe.value[3], 1);
+	assert_int_equal(kv_check(&twin), 0);
+	assert_int_equal(host_charged(&s), 0);
+	fixture_audit(&s.fixture);
+	kv_forget(&twin);
+	client = kvg_close(client);
+	stage_close(&s);
+}
+
+static void test_no_room_on_the_host(void **state)
+{
+	struct stage s;
+	struct fixture_context context;
+	char text[FIXTURE_TEXT];
+
+	(void)state;
+	stage_open_with(&s, HOST_CONFIG);
+	assert_int_equal(fixture_budget_change(&s.fixture, "search", "host.max", 65536, text), 0);
+	(void)publish_and_die(&s);
+	assert_int_equal(fixture_reclaim(&s.fixture, "search"), 1);
+	assert_false(fixture_find_context(&s.fixture, "search", 1, &context));
+	assert_int_equal(charged(&s), 0);
+	assert_int_equal(host_charged(&s), 0);
+	fixture_audit(&s.fixture);
+	stage_close(&s);
+}
+
 /* ---- killed half-way ---- */
 
 static int hasty_main(int fd, void *arg)
@@ -410,6 +560,9 @@ int main(void)
 		cmocka_unit_test(test_a_key_in_use),
 		cmocka_unit_test(test_forks_through_the_library),
 		cmocka_unit_test(test_publishers_killed_half_way),
+		cmocka_unit_test(test_to_the_host_and_back),
+		cmocka_unit_test(test_published_again_on_the_host),
+		cmocka_unit_test(test_no_room_on_the_host),
 	};
 
 	return runner_run("share", tests, sizeof(tests) / sizeof(tests[0]));

@@ -462,6 +462,44 @@ bool fixture_budget_is_live(const struct fixture *fixture, const char *tenant)
 	return live;
 }
 
+uint32_t fixture_reclaim(const struct fixture *fixture, const char *tenant)
+{
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__Reclaim reclaim = KVG__RECLAIM__INIT;
+	Kvg__AdminReply *reply;
+	uint32_t contexts;
+
+	reclaim.tenant = (char *)(uintptr_t)tenant;
+	request.body_case = KVG__ADMIN_REQUEST__BODY_RECLAIM;
+	request.reclaim = &reclaim;
+	reply = exchange(fixture, &request);
+	assert_int_equal(reply->body_case, KVG__ADMIN_REPLY__BODY_RECLAIMED);
+	contexts = reply->reclaimed->contexts;
+	kvg__admin_reply__free_unpacked(reply, NULL);
+	return contexts;
+}
+
+bool fixture_find_context(const struct fixture *fixture, const char *tenant, uint64_t id, struct fixture_context *ret)
+{
+	Kvg__AdminReply *reply = ask(fixture, KVG__ADMIN_REQUEST__BODY_CONTEXTS);
+	const Kvg__ContextList *list = reply->contexts;
+	bool found = false;
+
+	assert_int_equal(reply->body_case, KVG__ADMIN_REPLY__BODY_CONTEXTS);
+	for (size_t i = 0; i < list->n_contexts && !found; i++) {
+		const Kvg__Context *at = list->contexts[i];
+
+		if (at->id != id || strcmp(at->tenant, tenant) != 0)
+			continue;
+		*ret = (struct fixture_context){
+			.bytes = at->bytes, .image = at->image, .attached = at->attached, .workers = at->workers};
+		(void)snprintf(ret->state, sizeof(ret->state), "%s", at->state);
+		found = true;
+	}
+	kvg__admin_reply__free_unpacked(reply, NULL);
+	return found;
+}
+
 void fixture_wait_reserved(const struct fixture *fixture, const char *tenant, uint64_t bytes)
 {
 	uint64_t deadline = fixture_now_ms() + FIXTURE_WAIT_MS;

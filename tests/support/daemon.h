@@ -81,6 +81,19 @@ int fixture_budget_reset(const struct fixture *fixture, const char *tenant, char
 /* Whether any of a tenant's values was set live. */
 bool fixture_budget_is_live(const struct fixture *fixture, const char *tenant);
 
+/* Reclaims all that a tenant's workers do not use, and waits until it is over. Returns how many contexts went. */
+uint32_t fixture_reclaim(const struct fixture *fixture, const char *tenant);
+
+/* What the daemon says of a published context. */
+struct fixture_context {
+	char state[16];
+	uint64_t bytes, image;
+	uint32_t attached, workers;
+};
+
+/* Whether there is such a context. */
+bool fixture_find_context(const struct fixture *fixture, const char *tenant, uint64_t id, struct fixture_context *ret);
+
 /* Waits until a tenant has exactly that many bytes of its min in nobody's use. */
 void fixture_wait_reserved(const struct fixture *fixture, const char *tenant, uint64_t bytes);
 
