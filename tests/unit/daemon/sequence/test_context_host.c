@@ -5,7 +5,9 @@
 #include <string.h>
 
 #include "daemon/tier/host.h"
+#include "daemon/metrics/audit.h"
 #include "tests/support/space_model.h"
+#include "tests/support/test_kind.h"
 
 #define EXTENT (16u << 10) /* 32 blocks */
 
@@ -379,6 +381,95 @@ static void test_no_room_on_the_device(void **state)
 	fixture_free(fixture);
 }
 
+static _Atomic(bool) no_memory;
+
+static int create(struct kind *kind, size_t size)
+{
+	return no_memory ? -ENOMEM : test_kind_host(kind)->create(kind, size);
+}
+
+/* Memory that is in the budget and cannot be had after all: those that wait fail, and it stays where it is. */
+static void test_creation_fails(void **state)
+{
+	struct test_kind kind;
+	struct fixture *fixture;
+	struct model *model, *reader;
+	const struct call *first, *second;
+	uint64_t context, charged;
+
+	(void)state;
+	test_kind_init(&kind);
+	kind.ops.create = create;
+	fixture =
+		fixture_new(&(struct fixture_options){.kind = &kind.kind, .extent_size = EXTENT, .host_size = 4 << 20});
+	model = publish_to_host(fixture, 7, &context);
+	charged = fixture_account(fixture)->charged;
+	no_memory = true;
+	first = start_attach(fixture, context);
+	second = start_attach(fixture, context);
+	fixture_wait(fixture, first);
+	fixture_wait(fixture, second);
+	assert_int_equal(first->request.cqe.status, -ENOMEM);
+	assert_int_equal(second->request.cqe.status, -ENOMEM);
+	assert_non_null(strstr(second->request.text, "memory of a context"));
+	no_memory = false;
+	assert_int_equal(residency(fixture, context), META_OFFLOADED);
+	assert_int_equal(fixture_account(fixture)->charged, charged);
+	reader = attach(fixture, context, model);
+	model_check(reader);
+	model_release(reader);
+	model_free(model);
+	fixture_free(fixture);
+	test_kind_deinit(&kind);
+}
+
+/* Pairs that an eviction drops come before contexts that nobody uses. */
+static void test_room_for_pairs(void **state)
+{
+	struct fixture *fixture = open_fixture(4 << 20);
+	struct kvg_policy policy = evicted;
+	struct model *gone, *model;
+	uint64_t context;
+
+	(void)state;
+	gone = publish_to_host(fixture, 7, &context);
+	fixture->tenant->host.account->max = on_host(fixture);
+	policy.flags |= KVG_POLICY_RETAIN_HOST;
+	model = model_new(fixture, &policy, SCORES_RANDOM);
+	model_prefill(model);
+	assert_int_equal(fixture_find(fixture, 7), 0);
+	assert_true(space_sequence(fixture->space, model->handle)->meta->retained_bytes > 0);
+	model_check(model);
+	model_release(model);
+	model_free(gone);
+	fixture_free(fixture);
+}
+
+/* An image that the account of frames does not bear out. */
+static void test_audit(void **state)
+{
+	struct fixture *fixture = open_fixture(4 << 20);
+	struct meta_context *meta;
+	struct audit audit;
+	uint64_t context;
+
+	(void)state;
+	model_free(publish_to_host(fixture, 7, &context));
+	meta = context_find_id(fixture->tenant, context)->part.context;
+	meta->image_bytes += 1;
+	assert_int_equal(audit_run(fixture->pool->meta->fd, fixture_physical, fixture->pool, &audit), 0);
+	assert_int_equal(audit.difference_count, 1);
+	assert_non_null(strstr(audit.differences[0], "context 1: bytes of its image"));
+	audit_deinit(&audit);
+	meta->image_bytes -= 1;
+	meta->residency = META_RESIDENT;
+	assert_int_equal(audit_run(fixture->pool->meta->fd, fixture_physical, fixture->pool, &audit), 0);
+	assert_true(audit.difference_count > 0);
+	audit_deinit(&audit);
+	meta->residency = META_OFFLOADED;
+	fixture_free(fixture);
+}
+
 /* Its worker is gone half-way: the context comes back all the same. */
 static void test_death_of_who_attaches(void **state)
 {
@@ -438,6 +529,9 @@ int main(void)
 		cmocka_unit_test(test_forgotten),
 		cmocka_unit_test(test_room_on_the_host),
 		cmocka_unit_test(test_no_room_on_the_device),
+		cmocka_unit_test(test_creation_fails),
+		cmocka_unit_test(test_room_for_pairs),
+		cmocka_unit_test(test_audit),
 		cmocka_unit_test(test_death_of_who_attaches),
 		cmocka_unit_test(test_the_end),
 	};
