@@ -391,7 +391,12 @@ void reclaim_explain(const struct tenant *tenant, char *text, size_t size)
 	const struct quota_account *account = tenant->quota.account;
 	uint64_t aside = tenant->offered + account->unreturned;
 	char offered[KVG_SIZE_TEXT], unreturned[KVG_SIZE_TEXT], used[KVG_SIZE_TEXT];
-	int n = snprintf(text, size, "; in use %s", kvg_size_format(more_than(account->charged, aside), used));
+	int n;
+
+	text[0] = '\0';
+	if (!account->charged)
+		return;
+	n = snprintf(text, size, "; in use %s", kvg_size_format(more_than(account->charged, aside), used));
 
 	if (tenant->offered && n > 0 && (size_t)n < size)
 		n += snprintf(text + n, size - (size_t)n, ", idle %s%s", kvg_size_format(tenant->offered, offered),

@@ -107,7 +107,8 @@ void reclaim_check(struct tenant *tenant);
 
 /*
  * What would free memory of the tenant, for a refusal: "; in use 90.0 MiB, idle 24.0 MiB (no room for it on the host),
- * not yet unmapped 1.0 MiB". Idle is what is on offer, published contexts too. size: of text.
+ * not yet unmapped 1.0 MiB". Idle is what is on offer, published contexts too. Nothing where nothing is charged.
+ * size: of text.
  */
 void reclaim_explain(const struct tenant *tenant, char *text, size_t size);
 
