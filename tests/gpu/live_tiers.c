@@ -471,6 +471,31 @@ static void test_fork(void **state)
 	run_on_both("fork", "64M", work_fork, 1);
 }
 
+static void check_attached(const struct record *published, const struct record *attached)
+{
+	for (uint32_t i = 0; i < 2; i++)
+		if (memcmp(attached->events[i].bits, published->events[1].bits, sizeof(published->events[1].bits)) != 0)
+			fail_msg("attached sequence %u holds other pairs than what was published", i);
+}
+
+/* The context goes to the host with nobody attached, and comes back for the next one. */
+static void share_from_host(const struct fixture *fixture, bool cuda, struct record *records)
+{
+	struct job job = {.cuda = cuda, .record = &records[2]};
+	struct process attached;
+
+	(void)fixture_path(fixture, "state/a.sock", job.socket);
+	assert_int_equal(fixture_reclaim(fixture, "a"), 1);
+	live_audit(fixture);
+	process_fork(&attached, work_attach, &job);
+	assert_int_equal(process_hear(&attached), 'a');
+	check_attached(&records[0], &records[2]);
+	process_tell(&attached, 'g');
+	process_finish(&attached);
+	live_audit(fixture);
+}
+
+/* records: of the publisher, of who attaches while it is there, and of who does when the context was on the host. */
 static void share(const struct fixture *fixture, bool cuda, struct record *records)
 {
 	struct job jobs[2] = {{.cuda = cuda, .record = &records[0]}, {.cuda = cuda, .record = &records[1]}};
@@ -482,32 +507,31 @@ static void share(const struct fixture *fixture, bool cuda, struct record *recor
 	assert_int_equal(process_hear(&publisher), 'p');
 	process_fork(&attached, work_attach, &jobs[1]);
 	assert_int_equal(process_hear(&attached), 'a');
-	for (uint32_t i = 0; i < 2; i++)
-		if (memcmp(records[1].events[i].bits, records[0].events[1].bits, sizeof(records[0].events[1].bits)) !=
-			0)
-			fail_msg("attached sequence %u holds other pairs than what was published", i);
+	check_attached(&records[0], &records[1]);
 	process_tell(&publisher, 'g');
 	process_finish(&publisher);
 	process_tell(&attached, 'g');
 	process_finish(&attached);
 	live_audit(fixture);
+	share_from_host(fixture, cuda, records);
 }
 
 static void test_publish_and_attach(void **state)
 {
-	struct record *records = records_new(4);
+	struct record *records = records_new(6);
 	struct fixture host, cuda;
 
 	(void)state;
 	start(&host, false, "64M");
 	start(&cuda, true, "64M");
 	share(&host, false, &records[0]);
-	share(&cuda, true, &records[2]);
-	compare("publish", &records[0], &records[2]);
-	compare("attach", &records[1], &records[3]);
+	share(&cuda, true, &records[3]);
+	compare("publish", &records[0], &records[3]);
+	compare("attach", &records[1], &records[4]);
+	compare("attach from the host", &records[2], &records[5]);
 	fixture_stop(&cuda);
 	fixture_stop(&host);
-	(void)munmap(records, 4 * sizeof(*records));
+	(void)munmap(records, 6 * sizeof(*records));
 }
 
 int main(void)
