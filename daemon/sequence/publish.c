@@ -215,12 +215,13 @@ static void give_up(struct request *request, int status)
 static bool goes_on(struct request *request)
 {
 	struct context *context = request->context;
+	bool dying = atomic_load_explicit(&request->space->dying, memory_order_relaxed);
 
-	if (atomic_load_explicit(&request->space->dying, memory_order_relaxed)) {
+	if (dying) {
 		request->context = NULL;
 		context_abort(context);
 	}
-	return !space_job_ended(request->space);
+	return !space_job_ended(request->space) && !dying;
 }
 
 static void copied(struct job *job)

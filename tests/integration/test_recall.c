@@ -109,8 +109,8 @@ static void test_a_recall_is_the_eviction_at_its_ratio(void **state)
 
 	(void)state;
 	stage_open(&s, "64M");
-	for (uint8_t level = KVG_LEVEL_PAIR; level <= KVG_LEVEL_ADAKV_LAYER; level++) {
-		struct kvg_policy policy = policy_of(0.1, level), higher = policy_of(0.3, level);
+	for (unsigned level = KVG_LEVEL_PAIR; level <= KVG_LEVEL_ADAKV_LAYER; level++) {
+		struct kvg_policy policy = policy_of(0.1, (uint8_t)level), higher = policy_of(0.3, (uint8_t)level);
 		struct kv whole = read_prompt(&s, &higher, 5), kv = read_prompt(&s, &policy, 5);
 		uint64_t came = take_over(&kv, &whole), before = host_charged(&s);
 

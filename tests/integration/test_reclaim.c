@@ -307,7 +307,7 @@ static void test_contexts_that_nobody_uses_go_before_idle_sequences(void **state
 	fixture_audit(&s.fixture);
 	free_sequence(&s, s.asker, seq);
 	assert_false(restore(&s, &idle));
-	seq = create_granted(&s, s.asker, 12); /* it is not idle any more */
+	(void)create_granted(&s, s.asker, 12); /* it is not idle any more */
 	forget(&idle, 1);
 	s.context_stays = true; /* for whoever attaches next */
 	stage_close(&s);

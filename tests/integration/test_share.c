@@ -148,7 +148,7 @@ static int publisher_main(int fd, void *arg)
 {
 	const struct stage *s = arg;
 	struct kvg_client *client = kv_connect(s->socket, "publisher", &s->layout);
-	struct kvg_cqe cqe;
+	struct kvg_cqe cqe = {0};
 	struct kv kv;
 
 	must(client, "connect");
@@ -168,7 +168,7 @@ struct reader {
 
 static void reader_open(const struct stage *s, struct reader *reader, const struct kv *twin, uint64_t context)
 {
-	struct kvg_cqe cqe;
+	struct kvg_cqe cqe = {0};
 
 	reader->client = kv_connect(s->socket, "reader", &s->layout);
 	assert_non_null(reader->client);
@@ -199,7 +199,7 @@ static void test_eight_attachers_and_a_dead_publisher(void **state)
 	struct reader readers[ATTACHERS];
 	struct kvg_client *client;
 	struct kv twin;
-	struct kvg_cqe cqe;
+	struct kvg_cqe cqe = {0};
 	uint64_t context, tails, blocks, extents;
 
 	(void)state;
@@ -245,7 +245,7 @@ static void test_eight_attachers_and_a_dead_publisher(void **state)
 		reader_close(&readers[i]);
 	}
 	kv_forget(&twin);
-	client = kvg_close(client);
+	(void)kvg_close(client);
 	/* It outlives everybody. */
 	assert_true(fixture_wait_gone(&s.fixture, 0, extents * EXTENT, FIXTURE_WAIT_MS));
 	assert_int_equal(charged(&s), extents * EXTENT);
@@ -259,7 +259,7 @@ static void test_another_tenant_learns_nothing(void **state)
 	struct stage s;
 	struct kvg_client *client, *spy;
 	char there[KVG_TEXT_SIZE], nowhere[KVG_TEXT_SIZE];
-	struct kvg_cqe cqe;
+	struct kvg_cqe cqe = {0};
 	uint64_t context;
 	struct kv kv;
 
@@ -281,8 +281,8 @@ static void test_another_tenant_learns_nothing(void **state)
 	assert_string_equal(there, nowhere);
 	fixture_audit(&s.fixture);
 	kv_forget(&kv);
-	client = kvg_close(client);
-	spy = kvg_close(spy);
+	(void)kvg_close(client);
+	(void)kvg_close(spy);
 	stage_close(&s);
 }
 
@@ -291,7 +291,7 @@ static void test_a_key_in_use(void **state)
 {
 	struct stage s;
 	struct kvg_client *client;
-	struct kvg_cqe cqe;
+	struct kvg_cqe cqe = {0};
 	struct kv a, b;
 
 	(void)state;
@@ -309,7 +309,7 @@ static void test_a_key_in_use(void **state)
 	assert_int_equal(kv_check(&b), 0);
 	kv_forget(&a);
 	kv_forget(&b);
-	client = kvg_close(client);
+	(void)kvg_close(client);
 	stage_close(&s);
 }
 
@@ -349,7 +349,7 @@ static void test_forks_through_the_library(void **state)
 		fixture_audit(&s.fixture);
 	}
 	assert_int_equal(charged(&s), 0);
-	client = kvg_close(client);
+	(void)kvg_close(client);
 	stage_close(&s);
 }
 
@@ -403,7 +403,7 @@ static void test_to_the_host_and_back(void **state)
 	struct reader reader, second;
 	struct fixture_context context;
 	struct kvg_client *client;
-	struct kvg_cqe cqe;
+	struct kvg_cqe cqe = {0};
 	struct kv twin;
 	uint64_t extents;
 
@@ -440,7 +440,7 @@ static void test_to_the_host_and_back(void **state)
 		reader_close(&reader);
 		reader_close(&second);
 		kv_forget(&twin);
-		client = kvg_close(client);
+		(void)kvg_close(client);
 		assert_true(fixture_wait_gone(&s.fixture, 0, extents * EXTENT, FIXTURE_WAIT_MS));
 		fixture_audit(&s.fixture);
 	}
@@ -453,7 +453,7 @@ static void test_published_again_on_the_host(void **state)
 {
 	struct stage s;
 	struct kvg_client *client;
-	struct kvg_cqe cqe;
+	struct kvg_cqe cqe = {0};
 	struct kv twin;
 
 	(void)state;
@@ -471,7 +471,7 @@ static void test_published_again_on_the_host(void **state)
 	assert_int_equal(host_charged(&s), 0);
 	fixture_audit(&s.fixture);
 	kv_forget(&twin);
-	client = kvg_close(client);
+	(void)kvg_close(client);
 	stage_close(&s);
 }
 
@@ -516,7 +516,7 @@ static void test_publishers_killed_half_way(void **state)
 {
 	struct stage s;
 	struct kvg_client *client;
-	struct kvg_cqe cqe;
+	struct kvg_cqe cqe = {0};
 	struct kv twin, kv;
 	uint64_t before, tails, extents;
 
@@ -548,7 +548,7 @@ static void test_publishers_killed_half_way(void **state)
 	}
 	assert_int_equal(kv_check(&twin), 0);
 	kv_forget(&twin);
-	client = kvg_close(client);
+	(void)kvg_close(client);
 	stage_close(&s);
 }
 

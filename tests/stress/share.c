@@ -189,7 +189,7 @@ static int compare_double(const void *a, const void *b)
 
 static double median_ratio(const struct phase *alone, const struct phase *beside, unsigned rounds, unsigned rate)
 {
-	double ratios[ROUNDS_MAX];
+	double ratios[ROUNDS_MAX] = {0};
 
 	for (unsigned i = 0; i < rounds; i++)
 		ratios[i] = beside[i].rate[rate] / alone[i].rate[rate];
@@ -217,7 +217,7 @@ static json_t *make_report(const struct war *war, const struct phase *alone, con
 
 void share_run(const struct stress_options *options)
 {
-	struct phase alone[ROUNDS_MAX], beside[ROUNDS_MAX];
+	struct phase alone[ROUNDS_MAX] = {0}, beside[ROUNDS_MAX] = {0};
 	struct war war;
 
 	assert_in_range(options->rounds, 1, ROUNDS_MAX);

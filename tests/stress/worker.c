@@ -451,7 +451,7 @@ static int evict(struct worker *w, struct body *body)
 	bool decode = body->pos > body->end && body->policy.budget;
 	enum stress_op op = decode ? OP_DECODE_EVICT : OP_EVICT;
 	uint32_t mode = decode ? KVG_EVICT_DECODE : KVG_EVICT_PREFILL;
-	struct kvg_evict_result result;
+	struct kvg_evict_result result = {0};
 	int r;
 
 	body_note(body, op);
@@ -483,7 +483,7 @@ static int truncate_body(struct worker *w, struct body *body)
 
 static int recall(struct worker *w, struct body *body)
 {
-	struct kvg_recall_result result;
+	struct kvg_recall_result result = {0};
 	bool by_budget = chance(w, 30);
 	int r = kvg_stage_wait(w->client);
 

@@ -436,7 +436,7 @@ int fixture_budget_reset(const struct fixture *fixture, const char *tenant, char
 {
 	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
 	Kvg__BudgetKey key = KVG__BUDGET_KEY__INIT;
-	bool live;
+	bool live = false;
 	int r;
 
 	key.tenant = (char *)(uintptr_t)tenant;
@@ -503,7 +503,7 @@ bool fixture_find_context(const struct fixture *fixture, const char *tenant, uin
 void fixture_wait_reserved(const struct fixture *fixture, const char *tenant, uint64_t bytes)
 {
 	uint64_t deadline = fixture_now_ms() + FIXTURE_WAIT_MS;
-	struct fixture_usage usage;
+	struct fixture_usage usage = {0};
 
 	do {
 		fixture_tenant(fixture, tenant, &usage);
