@@ -221,7 +221,7 @@ static int run_due(struct insitu *s, bool with, const uint32_t *place)
 
 static int run_spread(struct insitu *s, bool with, bool warm_up, uint64_t *tokens)
 {
-	uint32_t steps = (warm_up ? 1 : s->events) * INSITU_EVENT, before[INSITU_SEQUENCES];
+	uint32_t steps = (warm_up ? 1 : s->events) * INSITU_EVENT, before[INSITU_SEQUENCES] = {0};
 	int r = 0;
 
 	for (uint32_t i = 0; i < s->options.sequences; i++)

@@ -144,7 +144,7 @@ static int charged(const struct share *share, uint64_t *ret)
 static int make_context(struct share *share)
 {
 	struct kvg_client *client = NULL;
-	struct service_status status;
+	struct service_status status = {0};
 	int r = open_client(share, "publisher", &client);
 
 	if (r == 0)

@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <getopt.h>
+#include <inttypes.h>
 #include <jansson.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -186,9 +187,9 @@ static int start_service(struct tiers *tiers)
 	if (tiers->cuda)
 		(void)snprintf(device, sizeof(device), "device.index = %d\n", tiers->device);
 	(void)snprintf(config, sizeof(config),
-		"[pool]\nkind = %s\n%sdevice.size = %llu\nhost.size = %llu\n[tenant a]\nsocket = a.sock\n",
-		tiers->cuda ? "cuda" : "host", device, (unsigned long long)(3 * size + spare),
-		(unsigned long long)(2 * size + spare));
+		"[pool]\nkind = %s\n%sdevice.size = %" PRIu64 "\nhost.size = %" PRIu64
+		"\n[tenant a]\nsocket = a.sock\n",
+		tiers->cuda ? "cuda" : "host", device, 3 * size + spare, 2 * size + spare);
 	r = service_start(&tiers->service, tiers->kvgated, config);
 	return r < 0 ? r : service_status(&tiers->service, &tiers->status);
 }
@@ -279,7 +280,7 @@ static struct kvg_policy policy_of(const struct tiers *tiers, double ratio, uint
 /* One entry, and until all memory that it gives up is back in the pool; ret_ns: what its copies took of that. */
 static int move_blocks(struct tiers *tiers, const struct kvg_sqe *sqe, unsigned ns, double *ret_copies)
 {
-	struct kvg_cqe cqe;
+	struct kvg_cqe cqe = {0};
 	int r = kvg_submit(tiers->client, sqe);
 
 	if (r == 0)
@@ -294,7 +295,7 @@ static int move_blocks(struct tiers *tiers, const struct kvg_sqe *sqe, unsigned 
 static int away_and_back(struct tiers *tiers, uint32_t tokens, enum move out, enum move in)
 {
 	const struct kvg_policy policy = policy_of(tiers, 1, 0);
-	double start, copies, bytes = (double)bytes_of(tiers, tokens);
+	double start, copies = 0, bytes = (double)bytes_of(tiers, tokens);
 	uint64_t seq;
 	int r = make(tiers, &policy, tokens, &seq);
 
@@ -318,8 +319,8 @@ static int away_and_back(struct tiers *tiers, uint32_t tokens, enum move out, en
 static int evict(struct tiers *tiers, bool retain)
 {
 	const struct kvg_policy policy = policy_of(tiers, 0.3, retain ? KVG_POLICY_RETAIN_HOST : 0);
-	struct kvg_recall_result recalled;
-	struct kvg_evict_result result;
+	struct kvg_recall_result recalled = {0};
+	struct kvg_evict_result result = {0};
 	double start;
 	uint64_t seq;
 	int r = make(tiers, &policy, tiers->tokens, &seq);
@@ -364,7 +365,7 @@ static int share(struct tiers *tiers, uint8_t number)
 	const uint8_t key[KVG_KEY_SIZE] = {number, 1};
 	const struct kvg_policy policy = policy_of(tiers, 1, 0);
 	struct kvg_context_info info;
-	uint64_t seq, child;
+	uint64_t seq = 0, child = 0;
 	double start;
 	int r = make(tiers, &policy, tiers->tokens - 7, &seq); /* with tails */
 

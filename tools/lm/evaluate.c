@@ -104,7 +104,7 @@ static int answer_all(struct lm_worker *worker, const struct context *context, s
 	const struct lm_needle *needle = context->needle;
 	int e = expect_answers(report, needle->query_count, text);
 
-	for (size_t i = 0; e == 0 && i < needle->query_count; i++) {
+	for (size_t i = 0; e == 0 && report->answers && i < needle->query_count; i++) {
 		uint64_t hash = 0;
 		bool correct = false;
 

@@ -370,7 +370,7 @@ static void check_mask(const struct context *context, const struct kvg_tensor *m
 {
 	const uint8_t *keep = mask->data;
 	uint32_t prefix = context->policy.prefix_tokens;
-	uint8_t *held = malloc(context->tokens + prefix);
+	uint8_t *held = malloc((size_t)context->tokens + prefix + 1);
 
 	assert_non_null(held);
 	for (uint32_t row = 0; row < context->layers * context->heads; row++) {
