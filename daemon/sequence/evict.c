@@ -43,6 +43,7 @@ static void leave(struct request *request)
 	keep_update(request->sequence);
 	if (list_empty(&space->evict_queue)) /* else the next one may want them */
 		space_return_spare(space);
+	reclaim_wake(space->tenant);
 }
 
 /* The request is done with; the next evictions of the space may start. */

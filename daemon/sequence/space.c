@@ -669,12 +669,18 @@ static void memory_again(struct memory_wait *wait)
 	request->after(request);
 }
 
+/* An eviction under way holds room that its end gives back, and wakes whoever waits. */
+static bool is_coming(const struct space *space, uint64_t bytes)
+{
+	return reclaim_want(space->tenant, bytes) || (space->tenant->reclaim && space->evicting);
+}
+
 bool space_wait_memory(struct request *request, uint64_t bytes, void (*again)(struct request *))
 {
 	struct tenant *tenant = request->space->tenant;
 	size_t used = strlen(request->text);
 
-	if (!request->wait.expired && reclaim_want(tenant, bytes)) {
+	if (!request->wait.expired && is_coming(request->space, bytes)) {
 		quota_forgive(&tenant->quota);
 		request->wait.again = memory_again;
 		request->after = again;

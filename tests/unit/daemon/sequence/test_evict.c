@@ -301,16 +301,34 @@ static void test_evictions_at_a_time(void **state)
 	}
 }
 
-/* A reserve of another sequence in the midst of an eviction leaves the eviction its room. */
+static void no_pressure(void *user, struct tenant *tenant, bool on)
+{
+	(void)user;
+	(void)tenant;
+	(void)on;
+}
+
+/*
+ * A reserve of another sequence in the midst of an eviction leaves the eviction its room. What the eviction has emptied
+ * may still be on its way back: as in the daemon, requests wait for it.
+ */
 static void reserve_amid_eviction(size_t extent_size, uint32_t tokens)
 {
 	struct fixture *fixture = fixture_new(&(struct fixture_options){.extent_size = extent_size});
 	struct kvg_policy other = {.context_tokens = tokens};
 	struct model *model = model_new(fixture, &base, SCORES_RANDOM);
 	struct kvg_sqe sqe = {.op = KVG_OP_EVICT, .seq = model->handle};
+	static const struct reclaim_ops ops = {.pressure = no_pressure};
+	struct tenant *tenants[] = {fixture->tenant};
+	size_t tenant_count = 1;
+	struct reclaim reclaim;
 	struct call *evict, *reserve;
 	uint64_t handle;
 
+	assert_int_equal(
+		reclaim_init(&reclaim, fixture->loop, fixture->pool, tenants, &tenant_count, UINT32_MAX, &ops, NULL),
+		0);
+	fixture->tenant->reclaim = &reclaim;
 	assert_int_equal(model_append(model, 1536), 0);
 	assert_int_equal(fixture_create(fixture, &other, &handle), 0);
 	fixture->tenant->quota.account->max = fixture_account(fixture)->charged + fixture_account(fixture)->promised;
@@ -318,6 +336,7 @@ static void reserve_amid_eviction(size_t extent_size, uint32_t tokens)
 	sqe = (struct kvg_sqe){.op = KVG_OP_RESERVE, .seq = handle, .reserve.tokens = tokens};
 	reserve = fixture_start(fixture, &sqe);
 	fixture_wait(fixture, evict);
+	fixture_acknowledge(fixture); /* as the library does while it waits */
 	fixture_wait(fixture, reserve);
 	assert_int_equal(evict->request.cqe.status, 0);
 	if (reserve->request.cqe.status < 0)
@@ -327,6 +346,8 @@ static void reserve_amid_eviction(size_t extent_size, uint32_t tokens)
 	fixture_acknowledge(fixture);
 	assert_int_equal(fixture_release(fixture, handle), 0);
 	model_release(model);
+	fixture->tenant->reclaim = NULL;
+	reclaim_deinit(&reclaim);
 	fixture_free(fixture);
 }
 
