@@ -5,11 +5,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/sequence/compute.h"
 #include "daemon/sequence/gates.h"
 #include "daemon/sequence/score.h"
 
 #define TILE_ROWS  256u
 #define SLICE_ROWS 1024u
+#define SHORT      1024u /* scores */
 
 /* -inf marks what an eviction dropped, and order needs numbers. */
 static float clean_score(float score)
@@ -87,6 +89,15 @@ static void score_tile(const struct request *request, const struct tile *tile, u
 bool score_is_complete(const struct request *request)
 {
 	return request->layer == request->sqe.stage.layer_begin + request->sqe.stage.layer_count;
+}
+
+bool score_is_short(const struct request *request)
+{
+	const struct space *space = request->space;
+	const struct kvg_sqe *sqe = &request->sqe;
+	uint64_t scores = (uint64_t)sqe->stage.rows * sqe->stage.layer_count * space->part.worker->heads;
+
+	return space->compute->score == score_slice && sqe->stage.kind == KVG_STAGE_SCORE && scores <= SHORT;
 }
 
 int score_slice(struct request *request)

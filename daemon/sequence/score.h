@@ -4,8 +4,14 @@
 
 #include "daemon/sequence/space.h"
 
-/* A slice of the rows, so that the jobs of others get their turn. On the executor. 0 or -ENOMEM. */
+/* A slice of the rows, so that the jobs of others get their turn. On the executor, but for short ones. 0 or -ENOMEM. */
 int score_slice(struct request *request);
+
+/*
+ * Whether the request brings so few finished scores that one slice stores them (a decode step's: some microseconds)
+ * sooner than the executor could be told of them: then the reactor does.
+ */
+bool score_is_short(const struct request *request);
 
 /* Whether all rows of the request are scored. */
 bool score_is_complete(const struct request *request);

@@ -74,6 +74,7 @@ int space_new(struct tenant *tenant, const struct kvg_layout *layout, uint64_t w
 	space->compute = compute_of(space->pool->kind);
 	list_init(&space->dropped);
 	list_init(&space->wait_queue);
+	list_init(&space->ready);
 	list_init(&space->evict_queue);
 	list_init(&space->unmapping);
 	list_init(&space->context_waits);
@@ -305,11 +306,23 @@ static void unuse(struct import **import)
 	*import = NULL;
 }
 
+/* However many entries end one after the other, they do so in one loop: a worker chooses how many wait. */
+static void run_ready(struct space *space)
+{
+	struct list *node;
+
+	if (space->running)
+		return;
+	space->running = true;
+	while (!space->closing && (node = list_pop(&space->ready)))
+		run(list_entry(node, struct request, node));
+	space->running = false;
+}
+
 void request_finish(struct request *request)
 {
 	struct space *space = request->space;
 	struct sequence *sequence = request->sequence;
-	struct request *next = NULL;
 
 	signal_slot(space, &request->sqe);
 	unuse(&request->event);
@@ -320,8 +333,10 @@ void request_finish(struct request *request)
 		request->sequence = NULL;
 		sequence->busy = false;
 		offload_settle(sequence);
-		if (!list_empty(&sequence->queue))
-			next = list_entry(list_pop(&sequence->queue), struct request, node);
+		if (!list_empty(&sequence->queue)) {
+			list_add_tail(&space->ready, list_pop(&sequence->queue));
+			sequence->busy = true;
+		}
 	}
 	if (request->completed) {
 		list_remove(&request->own_node);
@@ -329,8 +344,7 @@ void request_finish(struct request *request)
 	} else {
 		space->ops->complete(space->user, request);
 	}
-	if (next)
-		run(next);
+	run_ready(space);
 }
 
 void request_deinit(struct request *request)

@@ -174,6 +174,8 @@ struct space {
 	struct list context_waits;   /* requests that wait for a context of another worker's */
 	unsigned waits;              /* requests that the executor asks about, see compute_wait() */
 	struct list wait_queue;      /* those that come after them */
+	struct list ready;           /* the next entry of each sequence whose last one ended */
+	bool running;                /* them */
 	struct list evict_queue;
 	struct list own;        /* requests of the daemon's own that are not completed */
 	unsigned evicting;      /* evictions under way */

@@ -122,15 +122,14 @@ static bool check_rows(struct request *request)
 	return true;
 }
 
-static void stage_done(struct job *job)
+static void stage_done(struct job *job);
+
+static void go_on(struct request *request)
 {
-	struct request *request = list_entry(job, struct request, job);
-	struct space *space = request->space;
+	const struct space *space = request->space;
 	uint32_t *scored = space->part.scored + (size_t)request->sequence->slot * space->part.worker->layers;
 	uint32_t end = request->sqe.stage.pos + request->sqe.stage.rows;
 
-	if (space_job_ended(space))
-		return;
 	if (request->job_status < 0) {
 		request_fail(request, request->job_status, "sequence %#" PRIx64 ": scoring: %s", request->sqe.seq,
 			strerror(-request->job_status));
@@ -146,11 +145,24 @@ static void stage_done(struct job *job)
 	request_finish(request);
 }
 
+static void stage_done(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (!space_job_ended(request->space))
+		go_on(request);
+}
+
 void op_stage(struct request *request)
 {
 	if (!check_kind(request) || !check_area(request) || !check_rows(request))
 		return;
 	request->layer = request->sqe.stage.layer_begin;
 	request->row = 0;
+	if (score_is_short(request)) {
+		request->job_status = score_slice(request);
+		go_on(request);
+		return;
+	}
 	compute_submit(request, request->space->compute->score, stage_done);
 }
