@@ -680,7 +680,8 @@ static void ready(void *user, uint32_t revents)
 {
 	struct admin_peer *peer = user;
 
-	if (peer->failed || ((revents & POLLOUT) && outbox_flush(&peer->outbox) < 0)) {
+	(void)revents;
+	if (peer->failed) {
 		peer_free(peer);
 		return;
 	}
@@ -702,6 +703,15 @@ static void ready(void *user, uint32_t revents)
 	loop_watch_again(peer->watch);
 }
 
+static void writable(void *user, uint32_t revents)
+{
+	struct admin_peer *peer = user;
+
+	(void)revents;
+	if (peer->failed || outbox_flush(&peer->outbox) < 0)
+		peer_free(peer);
+}
+
 void admin_accept(void *user, int fd, const struct ucred *credentials)
 {
 	struct admin *admin = user;
@@ -715,8 +725,9 @@ void admin_accept(void *user, int fd, const struct ucred *credentials)
 	peer->admin = admin;
 	peer->fd = fd;
 	outbox_init(&peer->outbox, fd);
+	outbox_watch(&peer->outbox, admin->server->loop, writable, peer);
 	list_add_tail(&admin->peers, &peer->node);
-	if (loop_watch_new(admin->server->loop, fd, POLLIN | POLLOUT, ready, peer, &peer->watch) < 0)
+	if (loop_watch_new(admin->server->loop, fd, POLLIN, ready, peer, &peer->watch) < 0)
 		peer_free(peer);
 }
 

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/sockios.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -24,6 +25,19 @@ void outbox_init(struct outbox *outbox, int fd)
 	list_init(&outbox->packets);
 }
 
+void outbox_watch(struct outbox *outbox, struct loop *loop, loop_watch_cb writable, void *user)
+{
+	outbox->loop = loop;
+	outbox->writable = writable;
+	outbox->user = user;
+}
+
+void outbox_unwatch(struct outbox *outbox)
+{
+	outbox->watch = loop_watch_free(outbox->watch);
+	outbox->loop = NULL;
+}
+
 static void packet_free(struct packet *packet)
 {
 	for (unsigned i = 0; i < packet->fd_count; i++)
@@ -38,6 +52,7 @@ void outbox_deinit(struct outbox *outbox)
 
 	while ((node = list_pop(&outbox->packets)))
 		packet_free(list_entry(node, struct packet, node));
+	outbox_unwatch(outbox);
 }
 
 static int enqueue(struct outbox *outbox, const uint8_t *data, size_t size, const int *fds, unsigned fd_count)
@@ -98,6 +113,7 @@ int outbox_flush(struct outbox *outbox)
 		outbox->fd_count -= packet->fd_count;
 		packet_free(list_entry(list_pop(&outbox->packets), struct packet, node));
 	}
+	outbox->watch = loop_watch_free(outbox->watch);
 	return 0;
 }
 
@@ -116,6 +132,8 @@ int outbox_send(struct outbox *outbox, const ProtobufCMessage *message, const in
 		r = -EAGAIN;
 	if (r == -EAGAIN)
 		r = enqueue(outbox, data, size, fds, fd_count);
+	if (r >= 0 && !list_empty(&outbox->packets) && outbox->loop && !outbox->watch)
+		r = loop_watch_new(outbox->loop, outbox->fd, POLLOUT, outbox->writable, outbox->user, &outbox->watch);
 	free(data);
 	return r;
 }

@@ -11,6 +11,7 @@
 #include <protobuf-c/protobuf-c.h>
 
 #include "daemon/base/list.h"
+#include "daemon/loop/loop.h"
 
 #define OUTBOX_PACKETS   1024u /* queued */
 #define OUTBOX_FDS       4096u /* queued */
@@ -21,10 +22,23 @@ struct outbox {
 	struct list packets;
 	unsigned count, fd_count; /* queued */
 	unsigned in_flight;       /* descriptors sent since the peer was last seen to have read everything */
+	struct loop *loop;        /* NULL: nobody looks whether the socket takes more */
+	struct loop_watch *watch; /* that it does; only while something is queued */
+	loop_watch_cb writable;
+	void *user;
 };
 
 void outbox_init(struct outbox *outbox, int fd);
+
+/*
+ * From now on writable(user) is called, and is to call outbox_flush(), whenever something is queued and the socket may
+ * take it. Only then is anybody interested in that: each packet that the peer reads would wake the reactor otherwise.
+ */
+void outbox_watch(struct outbox *outbox, struct loop *loop, loop_watch_cb writable, void *user);
 void outbox_deinit(struct outbox *outbox);
+
+/* No call of writable() from now on: before the socket is closed, which an armed watch would keep open. */
+void outbox_unwatch(struct outbox *outbox);
 
 /* Sends or queues a message; descriptors are duplicated when queued. 0, -EOVERFLOW (the queue is full), or another
  * negative errno. */

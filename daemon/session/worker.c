@@ -47,6 +47,7 @@ void worker_kill(struct worker *worker, const char *reason)
 
 static void unwatch(struct worker *worker)
 {
+	outbox_unwatch(&worker->outbox);
 	worker->watch = loop_watch_free(worker->watch);
 	worker->pid_watch = loop_watch_free(worker->pid_watch);
 	worker->doorbell_watch = loop_watch_free(worker->doorbell_watch);
@@ -359,10 +360,18 @@ static void socket_ready(void *user, uint32_t revents)
 {
 	struct worker *worker = user;
 
-	if (!worker->dead && (revents & POLLOUT) && outbox_flush(&worker->outbox) < 0)
-		worker_kill(worker, NULL);
+	(void)revents;
 	if (!worker->dead)
 		receive(worker);
+}
+
+static void socket_writable(void *user, uint32_t revents)
+{
+	struct worker *worker = user;
+
+	(void)revents;
+	if (!worker->dead && outbox_flush(&worker->outbox) < 0)
+		worker_kill(worker, NULL);
 }
 
 /* A forked child may keep the socket open; the process itself is gone. */
@@ -382,8 +391,9 @@ static void no_hello(void *user)
 static int watch_all(struct worker *worker)
 {
 	struct loop *loop = worker->server->loop;
-	int r = loop_watch_new(loop, worker->fd, POLLIN | POLLOUT, socket_ready, worker, &worker->watch);
+	int r = loop_watch_new(loop, worker->fd, POLLIN, socket_ready, worker, &worker->watch);
 
+	outbox_watch(&worker->outbox, loop, socket_writable, worker);
 	if (r >= 0)
 		r = loop_timer_new(loop, no_hello, worker, &worker->hello_timer);
 	if (r >= 0)
