@@ -12,8 +12,7 @@
 
 #include "daemon/base/relax.h"
 
-/* Longer than the reactor needs between the short phases of one request. */
-#define EXECUTOR_SPIN_NS 50000
+#define EXECUTOR_SPIN_NS 50000u /* at most */
 
 /* While jobs are polled: spinning since the last event, and naps after that, each longer than the last. */
 #define POLL_SPIN_NS 100000
@@ -21,6 +20,10 @@
 #define NAP_MAX_NS   50000
 #define NAP_SLACK_NS 1000  /* how late the kernel may end a nap */
 #define POLL_GAP_NS  20000 /* between polls while other jobs run */
+
+/* Of work in pieces, when nobody waits and when somebody does. */
+#define SLICE_NS        500000u
+#define SLICE_WANTED_NS 50000u
 
 /*
  * Two stacks carry jobs between the threads, each pushed by one side and emptied
@@ -38,6 +41,7 @@ struct executor {
 	struct loop_watch *watch;
 	int event_fd;
 	unsigned pending; /* the reactor's */
+	_Atomic uint64_t spin_ns;
 	struct job_stack inbox;
 	struct job_stack done;
 	pthread_t thread;
@@ -73,10 +77,11 @@ static struct job *stack_take(struct job_stack *stack)
 
 static struct job *spin_for_jobs(struct executor *executor)
 {
-	const uint64_t until = loop_now() + EXECUTOR_SPIN_NS;
+	const uint64_t spin_ns = atomic_load_explicit(&executor->spin_ns, memory_order_relaxed);
+	const uint64_t until = spin_ns ? loop_now() + spin_ns : 0;
 	struct job *jobs;
 
-	while (!(jobs = stack_take(&executor->inbox)) && loop_now() < until)
+	while (!(jobs = stack_take(&executor->inbox)) && until && loop_now() < until)
 		cpu_relax();
 	return jobs;
 }
@@ -333,6 +338,12 @@ struct executor *executor_free(struct executor *executor)
 	return NULL;
 }
 
+void executor_set_spin(struct executor *executor, uint64_t spin_ns)
+{
+	atomic_store_explicit(
+		&executor->spin_ns, spin_ns < EXECUTOR_SPIN_NS ? spin_ns : EXECUTOR_SPIN_NS, memory_order_relaxed);
+}
+
 void executor_submit(struct executor *executor, struct job *job)
 {
 	executor->pending++;
@@ -342,6 +353,11 @@ void executor_submit(struct executor *executor, struct job *job)
 		pthread_cond_signal(&executor->wake);
 		pthread_mutex_unlock(&executor->lock);
 	}
+}
+
+uint64_t executor_slice(const struct executor *executor)
+{
+	return atomic_load_explicit(&executor->inbox.top, memory_order_relaxed) ? SLICE_WANTED_NS : SLICE_NS;
 }
 
 unsigned executor_pending(const struct executor *executor)

@@ -31,7 +31,20 @@ int executor_new(struct loop *loop, struct executor **ret);
 /* Waits for the queue to drain, polled jobs too, runs every done(), ends the thread. NULL is fine; returns NULL. */
 struct executor *executor_free(struct executor *executor);
 
+/*
+ * How long (ns) the thread looks for jobs before it sleeps, 50 us at most: longer than the reactor needs between the
+ * short phases of one request. 0, as at its start: not at all.
+ */
+void executor_set_spin(struct executor *executor, uint64_t spin_ns);
+
 void executor_submit(struct executor *executor, struct job *job);
+
+/*
+ * How long (ns) work that is done in pieces, one a poll, may go on before it returns: half a millisecond, and a tenth
+ * of that when other jobs wait. Pieces of the same sort share one slice in a pass over the polled jobs. On the
+ * executor.
+ */
+uint64_t executor_slice(const struct executor *executor);
 
 /* Jobs submitted and not yet done. */
 unsigned executor_pending(const struct executor *executor);

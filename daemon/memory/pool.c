@@ -8,7 +8,6 @@
 
 #include "daemon/memory/reserve.h"
 
-#define SLICE_NS 500000u    /* of the executor for one batch, then the jobs of others have their turn */
 #define GAP_NS   100000u    /* after which a pass of the executor is another one */
 #define PART     8u         /* extents that are handed over together while a batch goes on */
 #define RETRY_NS 100000000u /* between attempts to destroy an extent that a stale mapping keeps alive */
@@ -296,7 +295,7 @@ static struct extent *batch_next(struct extent_batch *batch, uint64_t begun)
 {
 	struct list *node = batch->next;
 
-	if (is_through(batch) || loop_now() - begun > SLICE_NS)
+	if (is_through(batch) || loop_now() - begun > executor_slice(batch->pool->executor))
 		return NULL;
 	batch->next = node->next;
 	return list_entry(node, struct extent, node);
@@ -313,7 +312,7 @@ static bool has_turn(struct extent_batch *batch, uint64_t now)
 
 	if (pool->sliced == batch || now - pool->slice_end_ns >= GAP_NS)
 		pool->slice_used_ns = 0;
-	if (pool->slice_used_ns >= SLICE_NS || (pool->waiting && pool->waiting != batch)) {
+	if (pool->slice_used_ns >= executor_slice(pool->executor) || (pool->waiting && pool->waiting != batch)) {
 		if (!pool->waiting || batch->slice_ns < pool->waiting->slice_ns)
 			pool->waiting = batch;
 		return false;

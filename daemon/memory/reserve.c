@@ -9,7 +9,6 @@
 #include "daemon/base/log.h"
 #include "proto/size.h"
 
-#define SLICE_NS 250000u     /* of the executor, then the jobs of others have their turn */
 #define PART     64u         /* extents of one job */
 #define RETRY_NS 1000000000u /* between attempts to create what could not be created */
 
@@ -86,7 +85,7 @@ static bool doom_poll(struct job *job)
 	struct pool *pool = list_entry(job, struct doom, job)->pool;
 	const uint64_t begun = loop_now();
 
-	while (!list_empty(&pool->doomed) && loop_now() - begun < SLICE_NS)
+	while (!list_empty(&pool->doomed) && loop_now() - begun < executor_slice(pool->executor))
 		reserve_destroy_doomed(pool, 1);
 	return list_empty(&pool->doomed);
 }
@@ -163,7 +162,8 @@ static bool make_poll(struct job *job)
 	struct kind *kind = reserve->pool->kind;
 	const uint64_t begun = loop_now();
 
-	while (reserve->next != &reserve->made && !reserve->status && loop_now() - begun < SLICE_NS) {
+	while (reserve->next != &reserve->made && !reserve->status &&
+		loop_now() - begun < executor_slice(reserve->pool->executor)) {
 		struct extent *raw = list_entry(reserve->next, struct extent, node);
 
 		if (atomic_load_explicit(&reserve->stop, memory_order_relaxed))

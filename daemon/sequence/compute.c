@@ -104,7 +104,7 @@ static bool copy_poll(struct job *job)
 	int r = -ECANCELED;
 
 	if (!atomic_load_explicit(&request->space->dying, memory_order_relaxed)) {
-		if (!turns_begin(turns, turn, loop_now()))
+		if (!turns_begin(turns, turn, loop_now(), executor_slice(request->space->pool->executor)))
 			return false;
 		r = request->launch(request);
 		turns_end(turns, turn, loop_now());

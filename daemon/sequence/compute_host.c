@@ -8,7 +8,7 @@
 #include "daemon/sequence/recall.h"
 #include "daemon/sequence/score.h"
 
-#define COPY_SLICE ((size_t)2 << 20) /* bytes */
+#define COPY_SLICE ((size_t)512 << 10) /* bytes */
 
 static void seal_places(struct meta_place *places)
 {
@@ -47,7 +47,7 @@ static int host_move(struct request *request)
 	return 0;
 }
 
-/* One slice: others have their turn after about half a millisecond. */
+/* One slice: others have their turn after about 100 us. */
 static int host_copy_blocks(struct request *request)
 {
 	const struct space *space = request->space;

@@ -200,6 +200,11 @@ struct image *image_free(struct image *image)
 	return NULL;
 }
 
+static bool is_over(const struct image *image)
+{
+	return turns_over(&image->turn, loop_now(), executor_slice(image->arena->pool->executor));
+}
+
 int image_open(struct image *image)
 {
 	while (image->opened) {
@@ -209,7 +214,7 @@ int image_open(struct image *image)
 			image->opened = host_tier_next(image->tier, image->opened);
 		else if (r != -EAGAIN)
 			return r;
-		if (image->opened && turns_over(&image->turn, loop_now()))
+		if (image->opened && is_over(image))
 			return -EAGAIN;
 	}
 	return 0;
@@ -285,7 +290,7 @@ int image_copy(struct image *image)
 		image->begun_ns = loop_now();
 	while (!image_is_complete(image)) {
 		copy_some(&shape, image);
-		if (turns_over(&image->turn, loop_now()))
+		if (is_over(image))
 			break;
 	}
 	kvg_stream_fence();

@@ -6,7 +6,7 @@
 #include "daemon/sequence/evict_host.h"
 #include "daemon/sequence/recall.h"
 
-#define SLICE_BYTES (4u << 20) /* copied before others have their turn */
+#define SLICE_BYTES (1u << 20) /* copied before others have their turn */
 
 /* K or V of a place. */
 static uint8_t *half_of(const struct arena *arena, bool v, uint32_t block, uint32_t place, uint32_t bytes)

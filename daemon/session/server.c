@@ -59,6 +59,7 @@ int server_start(struct server *server)
 	list_init(&server->dead);
 	server->started_ns = loop_now();
 	loop_set_spin(server->loop, server->spin_ns);
+	executor_set_spin(server->executor, server->spin_ns);
 	return loop_poller_add(server->loop, &poller_ops, server);
 }
 

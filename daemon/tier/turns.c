@@ -11,11 +11,11 @@ static bool is_before(const struct turns *turns, const struct turn *turn, const 
 }
 
 /* A pass is new when the job that had the last turn is asked again, or after a while. */
-bool turns_begin(struct turns *turns, struct turn *turn, uint64_t now)
+bool turns_begin(struct turns *turns, struct turn *turn, uint64_t now, uint64_t slice_ns)
 {
 	if (turns->last == turn || now - turns->end_ns >= GAP_NS)
 		turns->used_ns = 0;
-	if (turns->used_ns >= TURNS_SLICE_NS || (turns->waiting && turns->waiting != turn)) {
+	if (turns->used_ns >= slice_ns || (turns->waiting && turns->waiting != turn)) {
 		if (!turns->waiting || is_before(turns, turn, turns->waiting))
 			turns->waiting = turn;
 		return false;
@@ -26,9 +26,9 @@ bool turns_begin(struct turns *turns, struct turn *turn, uint64_t now)
 	return true;
 }
 
-bool turns_over(const struct turn *turn, uint64_t now)
+bool turns_over(const struct turn *turn, uint64_t now, uint64_t slice_ns)
 {
-	return now - turn->begun_ns >= TURNS_SLICE_NS;
+	return now - turn->begun_ns >= slice_ns;
 }
 
 void turns_end(struct turns *turns, struct turn *turn, uint64_t now)

@@ -13,8 +13,6 @@
 
 #include "daemon/memory/meta.h"
 
-#define TURNS_SLICE_NS 500000u
-
 /* One job's. */
 struct turn {
 	uint32_t tenant; /* index */
@@ -27,11 +25,11 @@ struct turns {
 	uint64_t tenants[META_MAX_TENANTS]; /* when each had its last */
 };
 
-/* Whether the job has a turn now. If so, turns_end() comes after it. */
-bool turns_begin(struct turns *turns, struct turn *turn, uint64_t now);
+/* Whether the job has a turn now. If so, turns_end() comes after it. slice_ns: see executor_slice(). */
+bool turns_begin(struct turns *turns, struct turn *turn, uint64_t now, uint64_t slice_ns);
 
 /* Whether the turn that was begun has lasted as long as it may. */
-bool turns_over(const struct turn *turn, uint64_t now);
+bool turns_over(const struct turn *turn, uint64_t now, uint64_t slice_ns);
 
 void turns_end(struct turns *turns, struct turn *turn, uint64_t now);
 

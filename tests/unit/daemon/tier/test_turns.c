@@ -2,11 +2,12 @@
 
 #include "daemon/tier/turns.h"
 
-#define GAP 100000u
+#define GAP      100000u
+#define SLICE_NS 500000u
 
 static void use(struct turns *turns, struct turn *turn, uint64_t *now, uint64_t ns)
 {
-	assert_true(turns_begin(turns, turn, *now));
+	assert_true(turns_begin(turns, turn, *now, SLICE_NS));
 	*now += ns;
 	turns_end(turns, turn, *now);
 }
@@ -18,17 +19,17 @@ static void test_one_slice_for_all(void **state)
 	uint64_t now = 1000000;
 
 	(void)state;
-	use(&turns, &a, &now, TURNS_SLICE_NS / 2);
-	assert_false(turns_over(&a, a.begun_ns + TURNS_SLICE_NS - 1));
-	assert_true(turns_over(&a, a.begun_ns + TURNS_SLICE_NS));
-	use(&turns, &b, &now, TURNS_SLICE_NS);
-	assert_false(turns_begin(&turns, &c, now)); /* used up; it is next */
-	assert_false(turns_begin(&turns, &a, now));
-	assert_false(turns_begin(&turns, &b, now)); /* a new pass, but c waits */
-	use(&turns, &c, &now, TURNS_SLICE_NS);
-	assert_false(turns_begin(&turns, &a, now));
-	assert_false(turns_begin(&turns, &c, now)); /* a new pass, but a waits */
-	use(&turns, &a, &now, TURNS_SLICE_NS);
+	use(&turns, &a, &now, SLICE_NS / 2);
+	assert_false(turns_over(&a, a.begun_ns + SLICE_NS - 1, SLICE_NS));
+	assert_true(turns_over(&a, a.begun_ns + SLICE_NS, SLICE_NS));
+	use(&turns, &b, &now, SLICE_NS);
+	assert_false(turns_begin(&turns, &c, now, SLICE_NS)); /* used up; it is next */
+	assert_false(turns_begin(&turns, &a, now, SLICE_NS));
+	assert_false(turns_begin(&turns, &b, now, SLICE_NS)); /* a new pass, but c waits */
+	use(&turns, &c, &now, SLICE_NS);
+	assert_false(turns_begin(&turns, &a, now, SLICE_NS));
+	assert_false(turns_begin(&turns, &c, now, SLICE_NS)); /* a new pass, but a waits */
+	use(&turns, &a, &now, SLICE_NS);
 }
 
 /* However many jobs a tenant has, another's next turn comes after one of them. */
@@ -44,9 +45,9 @@ static void test_tenants_take_turns(void **state)
 		for (unsigned i = 0; i < 5; i++) {
 			struct turn *turn = i < 4 ? &many[i] : &other;
 
-			if (!turns_begin(&turns, turn, now))
+			if (!turns_begin(&turns, turn, now, SLICE_NS))
 				continue;
-			now += TURNS_SLICE_NS;
+			now += SLICE_NS;
 			turns_end(&turns, turn, now);
 			counts[turn->tenant]++;
 		}
@@ -64,11 +65,11 @@ static void test_who_leaves_is_not_waited_for(void **state)
 	uint64_t now = 1000000;
 
 	(void)state;
-	use(&turns, &a, &now, TURNS_SLICE_NS);
-	assert_false(turns_begin(&turns, &b, now));
-	assert_false(turns_begin(&turns, &a, now));
+	use(&turns, &a, &now, SLICE_NS);
+	assert_false(turns_begin(&turns, &b, now, SLICE_NS));
+	assert_false(turns_begin(&turns, &a, now, SLICE_NS));
 	turns_leave(&turns, &b);
-	use(&turns, &a, &now, TURNS_SLICE_NS);
+	use(&turns, &a, &now, SLICE_NS);
 	turns_leave(&turns, &a);
 	assert_null(turns.last);
 	now += GAP;
