@@ -30,6 +30,7 @@ static const char *const rate_names[RATE_COUNT] = {
 	"steps_per_second", "tokens_per_cpu_second", "tokens_per_daemon_cpu_second"};
 
 struct spent {
+	uint64_t neighbours_done; /* operations, and those that the daemon refused */
 	double daemon_cpu, daemon_wait, children_cpu, own_cpu;
 	double machine_cpu; /* all CPUs, whoever used them */
 };
@@ -75,9 +76,20 @@ static double machine_seconds(void)
 	return (double)(user + nice + system) / (double)sysconf(_SC_CLK_TCK);
 }
 
+static uint64_t operations_of_neighbours(const struct war *war)
+{
+	uint64_t sum = 0;
+
+	for (unsigned i = 1; i < STRESS_SEATS; i++)
+		for (unsigned op = 0; op < OP_COUNT; op++)
+			sum += war->shared->seats[i].counts.op[op].done + war->shared->seats[i].counts.op[op].refused;
+	return sum;
+}
+
 static struct spent spent_so_far(const struct war *war)
 {
-	struct spent spent = {.children_cpu = seconds_of(RUSAGE_CHILDREN),
+	struct spent spent = {.neighbours_done = operations_of_neighbours(war),
+		.children_cpu = seconds_of(RUSAGE_CHILDREN),
 		.own_cpu = seconds_of(RUSAGE_SELF),
 		.machine_cpu = machine_seconds()};
 	struct dirent *entry;
@@ -145,7 +157,8 @@ static void run_phase(struct war *war, bool beside, struct phase *ret)
 	ret->wall = (double)seat->wall_ns / 1e9;
 	ret->worker_cpu = (double)seat->cpu_ns / 1e9;
 	ret->worker_wait = (double)seat->wait_ns / 1e9;
-	ret->spent = (struct spent){.daemon_cpu = after.daemon_cpu - before.daemon_cpu,
+	ret->spent = (struct spent){.neighbours_done = after.neighbours_done - before.neighbours_done,
+		.daemon_cpu = after.daemon_cpu - before.daemon_cpu,
 		.daemon_wait = after.daemon_wait - before.daemon_wait,
 		.children_cpu = after.children_cpu - before.children_cpu - ret->worker_cpu};
 	own = ret->spent.daemon_cpu + ret->spent.children_cpu + ret->worker_cpu + after.own_cpu - before.own_cpu;
@@ -170,6 +183,8 @@ static json_t *describe(const struct phase *phase)
 	(void)json_object_set_new(json, "daemon_cpu_seconds", json_real(phase->spent.daemon_cpu));
 	(void)json_object_set_new(json, "daemon_waited_for_cpu_seconds", json_real(phase->spent.daemon_wait));
 	(void)json_object_set_new(json, "neighbours_cpu_seconds", json_real(phase->spent.children_cpu));
+	(void)json_object_set_new(
+		json, "neighbours_operations", json_integer((json_int_t)phase->spent.neighbours_done));
 	(void)json_object_set_new(json, "strangers_cpu_seconds", json_real(phase->spent.machine_cpu));
 	for (unsigned op = 0; op < OP_COUNT; op++)
 		if (phase->p50[op])
@@ -204,6 +219,7 @@ static json_t *make_report(const struct war *war, const struct phase *alone, con
 
 	(void)json_object_set_new(json, "seed", json_integer((json_int_t)war->options->seed));
 	(void)json_object_set_new(json, "pace_us", json_integer((json_int_t)war->options->pace_us));
+	(void)json_object_set_new(json, "step_us", json_integer((json_int_t)war->options->step_us));
 	(void)json_object_set_new(json, "neighbours", json_integer(2 * (json_int_t)(war->options->workers + 1)));
 	for (unsigned i = 0; i < RATE_COUNT; i++)
 		(void)json_object_set_new(ratios, rate_names[i], json_real(median_ratio(alone, beside, rounds, i)));

@@ -110,6 +110,7 @@ struct stress_shared {
 
 struct stress_options {
 	uint64_t seed, pool, pace_us;
+	uint64_t step_us; /* of the steady worker: what a token takes on its device, the calls aside */
 	double seconds;
 	unsigned workers; /* good ones, of each tenant */
 	unsigned rounds;  /* of the comparison */
