@@ -42,6 +42,7 @@ struct executor {
 	int event_fd;
 	unsigned pending; /* the reactor's */
 	_Atomic uint64_t spin_ns;
+	bool more; /* the thread's: it has taken jobs that it has not begun */
 	struct job_stack inbox;
 	struct job_stack done;
 	pthread_t thread;
@@ -196,6 +197,7 @@ static void *executor_main(void *arg)
 			pause_between_polls(executor, &polled);
 		for (; job; job = next) {
 			next = job->next;
+			executor->more = next;
 			run_job(executor, &polled, job);
 			if (polled.first && loop_now() - polled.last_ns > POLL_GAP_NS)
 				poll_jobs(executor, &polled);
@@ -357,7 +359,9 @@ void executor_submit(struct executor *executor, struct job *job)
 
 uint64_t executor_slice(const struct executor *executor)
 {
-	return atomic_load_explicit(&executor->inbox.top, memory_order_relaxed) ? SLICE_WANTED_NS : SLICE_NS;
+	bool wanted = executor->more || atomic_load_explicit(&executor->inbox.top, memory_order_relaxed);
+
+	return wanted ? SLICE_WANTED_NS : SLICE_NS;
 }
 
 unsigned executor_pending(const struct executor *executor)

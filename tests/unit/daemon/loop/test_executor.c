@@ -416,6 +416,58 @@ static void test_free_drains_polled(void **state)
 	}
 }
 
+/* Work in pieces sees how long a piece may be. */
+struct slicer {
+	struct job job;
+	struct executor *executor;
+	struct loop *loop;
+	sem_t waits; /* another job does */
+	uint64_t alone, beside;
+};
+
+static void slicer_run(struct job *job)
+{
+	struct slicer *slicer = (struct slicer *)job;
+
+	(void)sem_wait(&slicer->waits);
+	slicer->beside = executor_slice(slicer->executor);
+}
+
+static void slicer_done(struct job *job)
+{
+	(void)job;
+}
+
+static void last_run(struct job *job)
+{
+	struct slicer *slicer = (struct slicer *)job;
+
+	slicer->alone = executor_slice(slicer->executor);
+}
+
+static void last_done(struct job *job)
+{
+	loop_stop(((struct slicer *)job)->loop);
+}
+
+static void test_slice_while_others_wait(void **state)
+{
+	struct fixture *fixture = *state;
+	struct slicer first = {.job = {.run = slicer_run, .done = slicer_done}, .executor = fixture->executor};
+	struct slicer last = {
+		.job = {.run = last_run, .done = last_done}, .executor = fixture->executor, .loop = fixture->loop};
+
+	assert_int_equal(sem_init(&first.waits, 0, 0), 0);
+	executor_submit(fixture->executor, &first.job);
+	executor_submit(fixture->executor, &last.job);
+	executor_set_spin(fixture->executor, 1000000);
+	(void)sem_post(&first.waits);
+	assert_int_equal(loop_run(fixture->loop), 0);
+	assert_int_equal(last.alone, 500000);
+	assert_int_equal(first.beside, 50000);
+	(void)sem_destroy(&first.waits);
+}
+
 #define EXECUTOR_TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
 
 int main(void)
@@ -431,6 +483,7 @@ int main(void)
 		EXECUTOR_TEST(test_submit_while_polling),
 		EXECUTOR_TEST(test_polled_one_after_another),
 		EXECUTOR_TEST(test_free_drains_polled),
+		EXECUTOR_TEST(test_slice_while_others_wait),
 	};
 
 	return runner_run("executor", tests, sizeof(tests) / sizeof(tests[0]));

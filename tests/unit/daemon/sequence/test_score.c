@@ -272,6 +272,34 @@ static void test_hidden_states(void **state)
 	fixture_free(fixture);
 }
 
+/* A decode step's scores are there when the entry has been taken; more of them are the executor's. */
+static void test_short_ones_at_once(void **state)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.layers = 4, .heads = 8});
+	uint64_t handle = sequence_of(fixture, 64);
+	struct kvg_sqe sqe = stage_entry(fixture, handle, 0, 32); /* 1024 scores */
+	struct call *call;
+
+	(void)state;
+	for (unsigned i = 0; i < 4 * 32 * 8; i++)
+		((float *)(void *)fixture->staging)[i] = (float)i;
+	call = fixture_start(fixture, &sqe);
+	assert_true(call->done);
+	assert_int_equal(call->request.cqe.status, 0);
+	assert_int_equal(executor_pending(fixture->executor), 0);
+	for (uint32_t row = 0; row < 32; row++)
+		assert_float_equal(
+			place_of(fixture, handle, row, 31)->score, (float)(row / 8 * 32 * 8 + 31 * 8 + row % 8), 0);
+	sqe.stage.pos = 31;
+	sqe.stage.rows = 33;
+	call = fixture_start(fixture, &sqe);
+	assert_false(call->done);
+	fixture_wait(fixture, call);
+	assert_int_equal(call->request.cqe.status, 0);
+	assert_int_equal(fixture_release(fixture, handle), 0);
+	fixture_free(fixture);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -283,6 +311,7 @@ int main(void)
 		cmocka_unit_test(test_kinds),
 		cmocka_unit_test(test_no_gaps),
 		cmocka_unit_test(test_hidden_states),
+		cmocka_unit_test(test_short_ones_at_once),
 	};
 
 	return runner_run("score", tests, sizeof(tests) / sizeof(tests[0]));

@@ -149,6 +149,34 @@ static void test_busy_sequence_queues(void **state)
 	fixture_free(fixture);
 }
 
+/* A worker chooses how many entries wait: their end takes no stack. */
+static void test_many_entries_wait(void **state)
+{
+	enum { MANY = 50000 };
+	struct fixture *fixture = fixture_new(NULL);
+	uint64_t a = create(fixture, 512);
+	struct kvg_sqe sqe = {.op = KVG_OP_RESERVE, .seq = a, .reserve.tokens = 100};
+	struct gate_keeper keeper;
+	struct call *call, *last = NULL;
+
+	(void)state;
+	fixture->no_audit = true;
+	hold_executor(fixture, &keeper);
+	call = fixture_start(fixture, &sqe);
+	sqe = (struct kvg_sqe){.op = KVG_OP_QUERY, .seq = a};
+	for (unsigned i = 0; i < MANY; i++)
+		last = fixture_start(fixture, &sqe);
+	assert_false(call->done);
+	let_go(&keeper);
+	fixture_wait(fixture, last);
+	assert_int_equal(last->order, call->order + MANY);
+	assert_int_equal(last->request.cqe.status, 0);
+	assert_int_equal(fixture_release(fixture, a), 0);
+	fixture->no_audit = false;
+	fixture_audit(fixture);
+	fixture_free(fixture);
+}
+
 /* What waits behind a FREE is told that the sequence is gone. */
 static void test_entries_behind_a_free(void **state)
 {
@@ -605,6 +633,7 @@ int main(void)
 		cmocka_unit_test(test_refused_layout),
 		cmocka_unit_test(test_two_spaces_of_a_tenant),
 		cmocka_unit_test(test_busy_sequence_queues),
+		cmocka_unit_test(test_many_entries_wait),
 		cmocka_unit_test(test_entries_behind_a_free),
 		cmocka_unit_test(test_unmapped_gives_bytes_back),
 		cmocka_unit_test(test_unreturned_bytes_stay_charged),

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -329,6 +330,66 @@ static void test_peer_gone_with_queue(void **state)
 	assert_int_equal(ends->outbox.count, 1);
 }
 
+struct writable {
+	struct ends *ends;
+	struct loop *loop;
+	unsigned calls;
+};
+
+static void on_writable(void *user, uint32_t revents)
+{
+	struct writable *writable = user;
+
+	assert_true(revents & POLLOUT);
+	writable->calls++;
+	assert_int_equal(outbox_flush(&writable->ends->outbox), 0);
+	if (!writable->ends->outbox.count)
+		loop_stop(writable->loop);
+}
+
+static void on_reading(void *user)
+{
+	receive_all(user);
+}
+
+static void on_late(void *user)
+{
+	loop_stop(user);
+}
+
+/* Writable sockets interest nobody unless something is queued. */
+static void test_watched_while_queued(void **state)
+{
+	struct ends *ends = *state;
+	struct writable writable = {.ends = ends};
+	struct loop_timer *reading, *late;
+
+	assert_int_equal(loop_new(&writable.loop), 0);
+	assert_int_equal(loop_timer_new(writable.loop, on_reading, ends, &reading), 0);
+	assert_int_equal(loop_timer_new(writable.loop, on_late, writable.loop, &late), 0);
+	outbox_watch(&ends->outbox, writable.loop, on_writable, &writable);
+	assert_int_equal(send_one(ends), 0);
+	assert_null(ends->outbox.watch);
+	fill_socket(ends);
+	assert_non_null(ends->outbox.watch);
+	loop_timer_set(reading, 1000000);
+	assert_int_equal(loop_run(writable.loop), 0); /* ends when the queue is empty */
+	assert_true(writable.calls > 0);
+	assert_null(ends->outbox.watch);
+	writable.calls = 0;
+	loop_timer_set(reading, 1000000); /* reads, and nobody is told */
+	loop_timer_set(late, 5000000);
+	assert_int_equal(loop_run(writable.loop), 0);
+	assert_int_equal(writable.calls, 0);
+	assert_int_equal(ends->received, ends->sent);
+	fill_socket(ends);
+	outbox_unwatch(&ends->outbox);
+	assert_null(ends->outbox.watch);
+	(void)loop_timer_free(reading);
+	(void)loop_timer_free(late);
+	(void)loop_free(writable.loop);
+}
+
 #define WITH_ENDS(test) cmocka_unit_test_setup_teardown(test, ends_setup, ends_teardown)
 
 int main(void)
@@ -344,6 +405,7 @@ int main(void)
 		WITH_ENDS(test_descriptor_limit),
 		WITH_ENDS(test_peer_gone),
 		WITH_ENDS(test_peer_gone_with_queue),
+		WITH_ENDS(test_watched_while_queued),
 	};
 
 	return runner_run("daemon/session/outbox", tests, sizeof(tests) / sizeof(tests[0]));
