@@ -7,6 +7,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define HUGE ((size_t)2 << 20)
+
 /* ---- the host kind ---- */
 
 /* Neither in a child process nor in a core dump. */
@@ -16,14 +18,23 @@ static void keep_private(void *address, size_t size)
 	(void)madvise(address, size, MADV_DONTDUMP);
 }
 
+/* From a multiple of HUGE on: extents in huge pages are mapped with one fault for each. */
 static int host_reserve(struct arena *arena, size_t size)
 {
-	void *base = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	size_t before;
+	uint8_t *base;
 
+	if (size > SIZE_MAX - HUGE)
+		return -ENOMEM;
+	base = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (base == MAP_FAILED)
 		return -errno;
-	keep_private(base, size);
-	arena->base = base;
+	before = (HUGE - (uintptr_t)base % HUGE) % HUGE;
+	if (before)
+		(void)munmap(base, before);
+	(void)munmap(base + before + size, HUGE - before);
+	keep_private(base + before, size);
+	arena->base = base + before;
 	return 0;
 }
 

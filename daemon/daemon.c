@@ -195,6 +195,10 @@ static int start_kind(struct daemon *daemon)
 		r = compute_start(daemon->kind, text, sizeof(text));
 	if (r < 0)
 		log_error("%s", text);
+	else if (!daemon->kind->ops->about(daemon->kind) && !daemon->kind->large_pages)
+		log_info("kind host: the machine gives shared memory no huge pages (shmem_enabled in "
+			 "/sys/kernel/mm/transparent_hugepage; \"advise\" is enough), so that memory comes and goes "
+			 "several times slower");
 	return r;
 }
 

@@ -11,6 +11,7 @@
 
 #include "daemon/base/list.h"
 #include "daemon/base/log.h"
+#include "daemon/base/pages.h"
 #include "daemon/loop/loop.h"
 #include "daemon/memory/nvml.h"
 
@@ -445,6 +446,7 @@ int kind_cuda_new(int ordinal, struct kind **ret, char *text, size_t text_size)
 
 	if (self) {
 		self->kind.ops = &cuda_ops;
+		self->kind.large_pages = pages_are_large(); /* the host tier's */
 		self->failure_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 		r = self->failure_fd < 0 ? -errno : 0;
 	}

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "daemon/base/pages.h"
 #include "daemon/memory/kind.h"
 #include "proto/frame.h"
 
@@ -12,28 +13,22 @@
 
 static int host_create(struct kind *kind, size_t size)
 {
-	int fd = kvg_memfd_new("kvgate-extent", size);
+	int fd = kvg_memfd_new("kvgate-extent", size), r;
 
-	(void)kind;
 	if (fd < 0)
 		return fd;
-	while (fallocate(fd, 0, 0, (off_t)size) < 0) {
-		int error = errno;
-
-		if (error == EINTR)
-			continue;
+	r = pages_populate(fd, 0, NULL, size, kind->large_pages);
+	if (r < 0) {
 		(void)close(fd);
-		return -error;
+		return r;
 	}
 	return fd;
 }
 
 static void *host_reserve(struct kind *kind, size_t size)
 {
-	void *base = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
 	(void)kind;
-	return base == MAP_FAILED ? NULL : base;
+	return pages_reserve(size);
 }
 
 static void host_unreserve(struct kind *kind, void *base, size_t size)
@@ -45,9 +40,10 @@ static void host_unreserve(struct kind *kind, void *base, size_t size)
 
 static int host_map(struct kind *kind, int fd, void *at, size_t size)
 {
-	(void)kind;
 	if (mmap(at, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED)
 		return -errno;
+	if (kind->large_pages)
+		(void)madvise(at, size, MADV_HUGEPAGE);
 	if (madvise(at, size, MADV_DONTDUMP) < 0 || madvise(at, size, MADV_DONTFORK) < 0)
 		return -errno;
 	/* The pages are there: mapped together they cost a tenth of a fault each. What is not mapped now is by faults.
@@ -154,7 +150,7 @@ int kind_host_new(struct kind **ret)
 
 	if (!kind)
 		return -ENOMEM;
-	*kind = (struct kind){.ops = &host_ops, .granularity = PAGE};
+	*kind = (struct kind){.ops = &host_ops, .granularity = PAGE, .large_pages = pages_are_large()};
 	*ret = kind;
 	return 0;
 }

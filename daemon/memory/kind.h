@@ -69,6 +69,7 @@ struct kind_ops {
 struct kind {
 	const struct kind_ops *ops;
 	size_t granularity; /* sizes are multiples of it */
+	bool large_pages;   /* memory of the host comes in large pages, see base/pages.h */
 	/* What the layers above keep with the device (its kernels): set before there are workers, detached before
 	 * free(). */
 	void *attached;

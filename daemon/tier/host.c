@@ -2,7 +2,6 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,6 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "daemon/base/pages.h"
 #include "proto/frame.h"
 #include "proto/size.h"
 
@@ -48,11 +48,12 @@ static int open_memory(struct host_tier *tier)
 	tier->fd = kvg_memfd_new("kvgate-host", tier->size);
 	if (tier->fd < 0)
 		return tier->fd;
-	tier->base = mmap(NULL, tier->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, tier->fd, 0);
-	if (tier->base == MAP_FAILED) {
-		tier->base = NULL;
+	tier->base = pages_reserve(tier->size);
+	if (!tier->base)
+		return -ENOMEM;
+	if (mmap(tier->base, tier->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, tier->fd, 0) ==
+		MAP_FAILED)
 		return -errno;
-	}
 	if (madvise(tier->base, tier->size, MADV_DONTDUMP) < 0 || madvise(tier->base, tier->size, MADV_DONTFORK) < 0)
 		return -errno;
 	(void)madvise(tier->base, tier->size, MADV_HUGEPAGE); /* where the kernel gives them to shared memory */
@@ -240,18 +241,6 @@ uint8_t *host_tier_at(const struct host_tier *tier, uint32_t frame)
 
 /* ---- memory ---- */
 
-/* Allocated first: a lack of memory is an error then, and no fault. */
-static int populate(const struct host_tier *tier, uint64_t at, size_t size)
-{
-	while (fallocate(tier->fd, 0, (off_t)at, (off_t)size) < 0)
-		if (errno != EINTR)
-			return -errno;
-	while (madvise(tier->base + at, size, MADV_POPULATE_WRITE) < 0)
-		if (errno != EINTR)
-			return -errno;
-	return 0;
-}
-
 int host_tier_open(struct host_tier *tier, uint32_t frame)
 {
 	uint32_t index = piece_of(tier, frame);
@@ -265,7 +254,8 @@ int host_tier_open(struct host_tier *tier, uint32_t frame)
 		return 0;
 	if (piece->populated < bytes) {
 		step = bytes - piece->populated < STEP ? bytes - piece->populated : STEP;
-		r = populate(tier, begin + piece->populated, step);
+		r = pages_populate(tier->fd, begin + piece->populated, tier->base + begin + piece->populated, step,
+			tier->pool->kind->large_pages);
 		if (r < 0)
 			return r;
 		piece->populated += step;
