@@ -25,6 +25,8 @@
 #define SLICE_NS        500000u
 #define SLICE_WANTED_NS 50000u
 
+#define BUSY_NS 2000000u /* after a job, more may come: those of one request do */
+
 /*
  * Two stacks carry jobs between the threads, each pushed by one side and emptied
  * by the other. A side that wants to sleep sets its flag and then looks once more;
@@ -42,7 +44,10 @@ struct executor {
 	int event_fd;
 	unsigned pending; /* the reactor's */
 	_Atomic uint64_t spin_ns;
-	bool more; /* the thread's: it has taken jobs that it has not begun */
+	/* The thread's: */
+	bool more;        /* it has taken jobs that it has not begun */
+	unsigned polling; /* jobs that it asks again and again and that are not background work */
+	uint64_t busy_ns; /* when the last job that is not ended */
 	struct job_stack inbox;
 	struct job_stack done;
 	pthread_t thread;
@@ -135,6 +140,12 @@ static void finish(struct executor *executor, struct job *job)
 		(void)eventfd_write(executor->event_fd, 1);
 }
 
+static void job_ended(struct executor *executor, const struct job *job)
+{
+	if (!job->background)
+		executor->busy_ns = loop_now();
+}
+
 static void poll_jobs(struct executor *executor, struct polled *polled)
 {
 	struct job **at = &polled->first, *job;
@@ -147,6 +158,8 @@ static void poll_jobs(struct executor *executor, struct polled *polled)
 			continue;
 		}
 		*at = job->next;
+		executor->polling -= !job->background;
+		job_ended(executor, job);
 		finish(executor, job);
 		any = true;
 	}
@@ -162,10 +175,12 @@ static void run_job(struct executor *executor, struct polled *polled, struct job
 {
 	job->run(job);
 	if (!job->poll) {
+		job_ended(executor, job);
 		finish(executor, job);
 		return;
 	}
 	job->next = NULL;
+	executor->polling += !job->background;
 	*polled->end = job;
 	polled->end = &job->next;
 	polled->event_ns = loop_now();
@@ -357,11 +372,19 @@ void executor_submit(struct executor *executor, struct job *job)
 	}
 }
 
+static bool has_waiting(const struct executor *executor)
+{
+	return executor->more || atomic_load_explicit(&executor->inbox.top, memory_order_relaxed);
+}
+
 uint64_t executor_slice(const struct executor *executor)
 {
-	bool wanted = executor->more || atomic_load_explicit(&executor->inbox.top, memory_order_relaxed);
+	return has_waiting(executor) ? SLICE_WANTED_NS : SLICE_NS;
+}
 
-	return wanted ? SLICE_WANTED_NS : SLICE_NS;
+bool executor_is_busy(const struct executor *executor)
+{
+	return executor->polling || has_waiting(executor) || loop_now() - executor->busy_ns < BUSY_NS;
 }
 
 unsigned executor_pending(const struct executor *executor)

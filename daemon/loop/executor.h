@@ -20,6 +20,7 @@ struct job {
 	void (*run)(struct job *job);
 	bool (*poll)(struct job *job); /* NULL: the work ends with run() */
 	void (*done)(struct job *job);
+	bool background;  /* has a poll(), which makes way for others: see executor_is_busy() */
 	struct job *next; /* the executor's */
 };
 
@@ -45,6 +46,9 @@ void executor_submit(struct executor *executor, struct job *job);
  * executor.
  */
 uint64_t executor_slice(const struct executor *executor);
+
+/* Whether there are jobs that are not background work, or were 2 ms ago. On the executor. */
+bool executor_is_busy(const struct executor *executor);
 
 /* Jobs submitted and not yet done. */
 unsigned executor_pending(const struct executor *executor);

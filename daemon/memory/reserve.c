@@ -10,6 +10,7 @@
 #include "proto/size.h"
 
 #define PART     64u         /* extents of one job */
+#define REST     19u         /* beside other jobs: how many times as long as a piece took it then rests */
 #define RETRY_NS 1000000000u /* between attempts to create what could not be created */
 
 /* Extents on their way to their end: the executor's from run() on. */
@@ -162,6 +163,10 @@ static bool make_poll(struct job *job)
 	struct kind *kind = reserve->pool->kind;
 	const uint64_t begun = loop_now();
 
+	if (atomic_load_explicit(&reserve->stop, memory_order_relaxed))
+		return true;
+	if (begun < reserve->rest_ns && executor_is_busy(reserve->pool->executor))
+		return false;
 	while (reserve->next != &reserve->made && !reserve->status &&
 		loop_now() - begun < executor_slice(reserve->pool->executor)) {
 		struct extent *raw = list_entry(reserve->next, struct extent, node);
@@ -173,6 +178,7 @@ static bool make_poll(struct job *job)
 			reserve->status = raw->fd;
 		reserve->next = reserve->next->next;
 	}
+	reserve->rest_ns = loop_now() + REST * (loop_now() - begun);
 	return reserve->next == &reserve->made || reserve->status;
 }
 
@@ -298,7 +304,7 @@ static void make(struct reserve *reserve, uint32_t count)
 	}
 	atomic_store(&reserve->stop, false);
 	reserve->busy = true;
-	reserve->job = (struct job){.run = make_run, .poll = make_poll, .done = make_done};
+	reserve->job = (struct job){.run = make_run, .poll = make_poll, .done = make_done, .background = true};
 	executor_submit(reserve->pool->executor, &reserve->job);
 }
 

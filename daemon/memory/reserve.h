@@ -26,6 +26,7 @@ struct reserve {
 	struct job job;      /* on the executor while `busy`, with: */
 	struct list made;
 	struct list *next;
+	uint64_t rest_ns; /* until when it makes way for other jobs */
 	atomic_bool stop;
 	bool busy;
 	int status;    /* of the last job: 0, or why memory could not be created */

@@ -1,7 +1,7 @@
-# What works with a live daemon: churn, tier, tiers, insitu, timeline. bench_content is shared with tests/gpu.
+# What works with a live daemon: churn, tiers, insitu, timeline. bench_content is shared with tests/gpu.
 add_library(bench_content STATIC content.c)
 target_link_libraries(bench_content PUBLIC kvgate kvg_kernels)
-target_sources(kvgate-bench PRIVATE churn.c churn_worker.c service.c tier.c tiers.c)
+target_sources(kvgate-bench PRIVATE churn.c churn_worker.c service.c tiers.c)
 target_link_libraries(kvgate-bench PRIVATE bench_content)
 
 if(TARGET kvg_cuda)

@@ -3,7 +3,6 @@
 #include "tools/bench/insitu.h"
 #include "tools/bench/ipc.h"
 #include "tools/bench/share.h"
-#include "tools/bench/tier.h"
 #include "tools/bench/tiers.h"
 
 #include <cblas.h>
@@ -22,8 +21,6 @@ static const struct command commands[] = {
 	{"check-prefill", "FILE", "prefill eviction against the masks in FILE", bench_check_prefill},
 	{"check-decode", "FILE", "decode eviction against the held positions in FILE", bench_check_decode},
 	{"ipc", "--socket S [--json]", "round trips through the rings, with 10 and 10,000 idle sequences", bench_ipc},
-	{"tier", "[--size S] [--rounds N]", "offload to the host tier and back, next to copies of as many bytes",
-		bench_tier},
 	{"share", "[--processes N] ...", "one published context for many processes: bytes, and the time of an attach",
 		bench_share},
 	{"gpu", "[--json F] [--only P]", "the kernels of the kind cuda, next to the machine's floor and to rivals",

@@ -123,6 +123,7 @@ static int read_status(const struct service *service, struct service_status *ret
 			.charged = status->charged,
 			.unreturned = status->unreturned,
 			.overhead = status->overhead,
+			.reserved = status->has_reserved ? status->reserved : 0,
 			.device_used = status->has_device_used ? status->device_used : 0,
 			.workers = status->workers,
 			.sequences = status->sequences,

@@ -21,7 +21,7 @@ struct service {
 
 /* What the daemon says of itself; sizes in bytes. */
 struct service_status {
-	uint64_t extent_size, pool_size, charged, unreturned, overhead;
+	uint64_t extent_size, pool_size, charged, unreturned, overhead, reserved;
 	uint64_t device_used; /* 0: no device */
 	uint32_t workers, sequences;
 	bool cuda, mps;

@@ -16,28 +16,34 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "client/kvgate.h"
+#include "proto/size.h"
 #include "tools/bench/bench.h"
 #include "tools/bench/service.h"
 
-#define HEADS      8u
-#define DIM        128u
-#define PAIR       (2u * DIM * 2u) /* bytes: K and V in bf16 */
-#define HALF       (KVG_BLOCK_TOKENS * DIM * 2u)
-#define STAGING    (16u << 20)
-#define ROUNDS_MAX 100u
-#define COPY_BYTES ((size_t)256 << 20)
-#define SEQUENCES  8u
+#define HEADS       8u
+#define DIM         128u
+#define DIM_MAX     1024u
+#define STAGING     (16u << 20)
+#define ROUNDS_MAX  100u
+#define COPY_BYTES  ((size_t)256 << 20)
+#define SEQUENCES   8u
+#define MIN_SECONDS 60.0
 
 enum move {
 	OFFLOAD,
-	RESTORE,
+	OFFLOAD_BACK,
 	OFFLOAD_COPY,
+	RESTORE,
+	RESTORE_BACK,
 	RESTORE_COPY,
 	OFFLOAD_SHORT,
-	RESTORE_SHORT,
+	OFFLOAD_SHORT_BACK,
 	OFFLOAD_SHORT_COPY,
+	RESTORE_SHORT,
+	RESTORE_SHORT_BACK,
 	RESTORE_SHORT_COPY,
 	EVICT,
 	EVICT_RETAIN,
@@ -54,13 +60,17 @@ static const struct {
 	bool in; /* to the worker's memory */
 } about[MOVES] = {
 	[OFFLOAD] = {"offload", "offload", false},
+	[OFFLOAD_BACK] = {"offload_back", "  and its memory is back", false},
+	[OFFLOAD_COPY] = {"offload_copy", "  its copies alone", false},
 	[RESTORE] = {"restore", "restore", true},
-	[OFFLOAD_COPY] = {"offload_copy", "  the copies of the offload", false},
-	[RESTORE_COPY] = {"restore_copy", "  the copies of the restore", true},
+	[RESTORE_BACK] = {"restore_back", "  and the worker has mapped it", true},
+	[RESTORE_COPY] = {"restore_copy", "  its copies alone", true},
 	[OFFLOAD_SHORT] = {"offload_short", "offload of 128 tokens", false},
+	[OFFLOAD_SHORT_BACK] = {"offload_short_back", "  and its memory is back", false},
+	[OFFLOAD_SHORT_COPY] = {"offload_short_copy", "  its copies alone", false},
 	[RESTORE_SHORT] = {"restore_short", "restore of 128 tokens", true},
-	[OFFLOAD_SHORT_COPY] = {"offload_short_copy", "  the copies of that offload", false},
-	[RESTORE_SHORT_COPY] = {"restore_short_copy", "  the copies of that restore", true},
+	[RESTORE_SHORT_BACK] = {"restore_short_back", "  and the worker has mapped it", true},
+	[RESTORE_SHORT_COPY] = {"restore_short_copy", "  its copies alone", true},
 	[EVICT] = {"evict", "eviction to 30%", false},
 	[EVICT_RETAIN] = {"evict_retain", "the same, the host keeps the rest", false},
 	[RECALL] = {"recall", "recall of the rest", true},
@@ -80,21 +90,37 @@ struct tiers {
 	bool cuda;
 	int device;
 	const char *kvgated, *json;
-	uint32_t tokens, layers, rounds;
+	uint32_t tokens, layers, rounds, dim;
+	uint64_t extent; /* bytes; 0: the daemon's choice */
+	bool min;        /* of the tenant's budget: all that it uses */
 	struct service service;
 	struct service_status status;
 	struct tiers_gpu *gpu;
 	struct kvg_client *client, *other;
 	struct kvg_layout layout;
 	struct tiers_rates rates;
+	uint8_t *copied; /* on the host: 2 * COPY_BYTES, and how fast, round by round */
+	double large[ROUNDS_MAX + 1], halves[ROUNDS_MAX + 1];
+	uint32_t copies;
 	float *scores;
 	bool no_contexts;
 	struct samples samples[MOVES];
 };
 
+/* Of one pair: K and V in bf16. */
+static uint64_t pair_bytes(const struct tiers *tiers)
+{
+	return 2 * tiers->dim * 2;
+}
+
+static size_t half_block(const struct tiers *tiers)
+{
+	return KVG_BLOCK_TOKENS * tiers->dim * 2;
+}
+
 static uint64_t bytes_of(const struct tiers *tiers, uint32_t tokens)
 {
-	return (uint64_t)tokens * tiers->layers * HEADS * PAIR;
+	return (uint64_t)tokens * tiers->layers * HEADS * pair_bytes(tiers);
 }
 
 static int report(struct kvg_client *client, int r, const char *what)
@@ -148,31 +174,33 @@ int tiers_gpu_rates(const struct tiers_gpu *gpu, size_t half, struct tiers_rates
 
 static double copy_rate(uint8_t *to, const uint8_t *from, size_t piece)
 {
-	double best = 0;
+	double start = service_seconds();
 
-	for (int turn = 0; turn < 5; turn++) {
-		double start = service_seconds(), rate;
-
-		/* Every other piece first, as blocks of a sequence seldom follow each other. */
-		for (size_t half = 0; half < 2; half++)
-			for (size_t at = half * piece; at < COPY_BYTES; at += 2 * piece)
-				memcpy(to + at, from + at, piece);
-		rate = (double)COPY_BYTES / (service_seconds() - start);
-		best = rate > best ? rate : best;
-	}
-	return best;
+	/* Every other piece first, as blocks of a sequence seldom follow each other. */
+	for (size_t half = 0; half < 2; half++)
+		for (size_t at = half * piece; at < COPY_BYTES; at += 2 * piece)
+			memcpy(to + at, from + at, piece);
+	return (double)COPY_BYTES / (service_seconds() - start);
 }
 
-static int host_rates(struct tiers_rates *ret)
+/* In each round, since a machine's rate drifts. */
+static void note_host_rates(struct tiers *tiers)
+{
+	uint8_t *at = tiers->copied;
+	uint32_t n = tiers->copies++;
+
+	tiers->large[n] = copy_rate(at, at + COPY_BYTES, COPY_BYTES / 2);
+	tiers->halves[n] = copy_rate(at, at + COPY_BYTES, half_block(tiers));
+}
+
+static int host_rates_open(struct tiers *tiers)
 {
 	uint8_t *at = mmap(NULL, 2 * COPY_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (at == MAP_FAILED)
 		return -errno;
 	memset(at, 1, 2 * COPY_BYTES);
-	ret->out = ret->in = copy_rate(at, at + COPY_BYTES, COPY_BYTES / 2);
-	ret->loop_out = ret->loop_in = copy_rate(at, at + COPY_BYTES, HALF);
-	(void)munmap(at, 2 * COPY_BYTES);
+	tiers->copied = at;
 	return 0;
 }
 
@@ -180,16 +208,19 @@ static int host_rates(struct tiers_rates *ret)
 
 static int start_service(struct tiers *tiers)
 {
-	char config[512], device[64] = "";
+	char config[512], device[64] = "", extent[64] = "";
 	uint64_t size = bytes_of(tiers, tiers->tokens), spare = (uint64_t)256 << 20;
 	int r;
 
 	if (tiers->cuda)
 		(void)snprintf(device, sizeof(device), "device.index = %d\n", tiers->device);
+	if (tiers->extent)
+		(void)snprintf(extent, sizeof(extent), "extent_size = %" PRIu64 "\n", tiers->extent);
 	(void)snprintf(config, sizeof(config),
-		"[pool]\nkind = %s\n%sdevice.size = %" PRIu64 "\nhost.size = %" PRIu64
-		"\n[tenant a]\nsocket = a.sock\n",
-		tiers->cuda ? "cuda" : "host", device, 3 * size + spare, 2 * size + spare);
+		"[pool]\nkind = %s\n%s%sdevice.size = %" PRIu64 "\nhost.size = %" PRIu64
+		"\n[tenant a]\nsocket = a.sock\ndevice.min = %" PRIu64 "\n",
+		tiers->cuda ? "cuda" : "host", device, extent, 3 * size + spare, 2 * size + spare,
+		tiers->min ? 3 * size : 0);
 	r = service_start(&tiers->service, tiers->kvgated, config);
 	return r < 0 ? r : service_status(&tiers->service, &tiers->status);
 }
@@ -224,8 +255,8 @@ static int open_all(struct tiers *tiers)
 		.head_count = HEADS,
 		.head_total = HEADS,
 		.world = 1,
-		.k_dim = DIM,
-		.v_dim = DIM,
+		.k_dim = tiers->dim,
+		.v_dim = tiers->dim,
 		.k_dtype = KVG_BF16,
 		.v_dtype = KVG_BF16,
 		.block_tokens = KVG_BLOCK_TOKENS,
@@ -238,7 +269,8 @@ static int open_all(struct tiers *tiers)
 	if (tiers->cuda)
 		r = tiers_gpu_open(tiers->device, &tiers->gpu);
 	if (r == 0)
-		r = tiers->cuda ? tiers_gpu_rates(tiers->gpu, HALF, &tiers->rates) : host_rates(&tiers->rates);
+		r = tiers->cuda ? tiers_gpu_rates(tiers->gpu, half_block(tiers), &tiers->rates)
+				: host_rates_open(tiers);
 	if (r == 0)
 		r = start_service(tiers);
 	return r == 0 ? open_client(tiers, &tiers->client) : r;
@@ -250,6 +282,8 @@ static int close_all(struct tiers *tiers)
 	tiers->other = kvg_close(tiers->other);
 	tiers->gpu = tiers_gpu_close(tiers->gpu);
 	free(tiers->scores);
+	if (tiers->copied)
+		(void)munmap(tiers->copied, 2 * COPY_BYTES);
 	return service_stop(&tiers->service);
 }
 
@@ -277,42 +311,77 @@ static struct kvg_policy policy_of(const struct tiers *tiers, double ratio, uint
 		.window = 16};
 }
 
-/* One entry, and until all memory that it gives up is back in the pool; ret_ns: what its copies took of that. */
-static int move_blocks(struct tiers *tiers, const struct kvg_sqe *sqe, unsigned ns, double *ret_copies)
+/* What the tenant's min has a right to is created again in the background; a restore seldom follows at once. */
+static int wait_for_min(struct tiers *tiers)
 {
+	double end = service_seconds() + MIN_SECONDS;
+	int r = 0;
+
+	while (r == 0 && tiers->min) {
+		r = service_status(&tiers->service, &tiers->status);
+		if (r == 0 && tiers->status.reserved + tiers->status.charged >= 3 * bytes_of(tiers, tiers->tokens))
+			break;
+		if (r == 0 && service_seconds() > end)
+			r = -ETIMEDOUT;
+		(void)usleep(1000);
+	}
+	if (r < 0)
+		(void)fprintf(stderr, "kvgate-bench: tiers: the tenant's min is not there: %s\n", strerror(-r));
+	return r;
+}
+
+/*
+ * One entry until its completion; after it in `about`: until the worker has mapped what came and all memory that went
+ * is back in the pool; and what the copies took. ns: the completion's value that says so.
+ */
+static int move_blocks(struct tiers *tiers, const struct kvg_sqe *sqe, unsigned ns, enum move move, double bytes)
+{
+	double start = service_seconds();
 	struct kvg_cqe cqe = {0};
 	int r = kvg_submit(tiers->client, sqe);
 
 	if (r == 0)
 		r = kvg_reap(tiers->client, &cqe, NULL, 1, 1);
+	if (r == 0)
+		r = cqe.status;
 	if (r < 0)
 		return r;
-	*ret_copies = (double)cqe.value[ns] / 1e9;
-	return cqe.status < 0 ? cqe.status : kvg_return_memory(tiers->client);
+	note(tiers, move, start, bytes);
+	note_seconds(tiers, move + 2, (double)cqe.value[ns] / 1e9, bytes);
+	r = kvg_return_memory(tiers->client);
+	note(tiers, move + 1, start, bytes);
+	return r;
 }
 
-/* out and in: the whole moves; what their copies took follows two after. */
+static void forget(struct tiers *tiers, enum move out, enum move in)
+{
+	for (unsigned i = 0; i < 3; i++) {
+		tiers->samples[out + i].count--;
+		tiers->samples[in + i].count--;
+	}
+}
+
+/* Twice, and the second time counts: then the KV has been written, and is in memory rather than in caches. */
 static int away_and_back(struct tiers *tiers, uint32_t tokens, enum move out, enum move in)
 {
 	const struct kvg_policy policy = policy_of(tiers, 1, 0);
-	double start, copies = 0, bytes = (double)bytes_of(tiers, tokens);
+	double bytes = (double)bytes_of(tiers, tokens);
 	uint64_t seq;
 	int r = make(tiers, &policy, tokens, &seq);
 
+	for (unsigned turn = 0; r >= 0 && turn < 2; turn++) {
+		r = move_blocks(tiers, &(struct kvg_sqe){.op = KVG_OP_OFFLOAD, .seq = seq}, 2, out, bytes);
+		if (report(tiers->client, r, "offload") >= 0)
+			r = wait_for_min(tiers);
+		if (r >= 0)
+			r = move_blocks(tiers, &(struct kvg_sqe){.op = KVG_OP_RESTORE, .seq = seq}, 1, in, bytes);
+		if (report(tiers->client, r, "restore") >= 0)
+			r = wait_for_min(tiers);
+		if (turn == 0)
+			forget(tiers, out, in);
+	}
 	if (r < 0)
 		return r;
-	start = service_seconds();
-	r = move_blocks(tiers, &(struct kvg_sqe){.op = KVG_OP_OFFLOAD, .seq = seq}, 2, &copies);
-	if (report(tiers->client, r, "offload") < 0)
-		return r;
-	note(tiers, out, start, bytes);
-	note_seconds(tiers, out + 2, copies, bytes);
-	start = service_seconds();
-	r = move_blocks(tiers, &(struct kvg_sqe){.op = KVG_OP_RESTORE, .seq = seq}, 1, &copies);
-	if (report(tiers->client, r, "restore") < 0)
-		return r;
-	note(tiers, in, start, bytes);
-	note_seconds(tiers, in + 2, copies, bytes);
 	return report(tiers->client, kvg_free(tiers->client, seq), "free");
 }
 
@@ -335,13 +404,13 @@ static int evict(struct tiers *tiers, bool retain)
 		r = report(tiers->client, kvg_evict(tiers->client, seq, KVG_EVICT_PREFILL, &result), "eviction");
 	if (r < 0)
 		return r;
-	note(tiers, retain ? EVICT_RETAIN : EVICT, start, (double)result.pairs_dropped * PAIR);
+	note(tiers, retain ? EVICT_RETAIN : EVICT, start, (double)result.pairs_dropped * (double)pair_bytes(tiers));
 	start = service_seconds();
 	if (retain) {
 		r = report(tiers->client, kvg_recall(tiers->client, seq, 1, &recalled), "recall");
 		if (r < 0)
 			return r;
-		note(tiers, RECALL, start, (double)recalled.pairs_recalled * PAIR);
+		note(tiers, RECALL, start, (double)recalled.pairs_recalled * (double)pair_bytes(tiers));
 	}
 	return report(tiers->client, kvg_free(tiers->client, seq), "free");
 }
@@ -399,6 +468,8 @@ static int run(struct tiers *tiers)
 	int r = open_all(tiers);
 
 	for (uint32_t i = 0; r == 0 && i <= tiers->rounds; i++) {
+		if (!tiers->cuda)
+			note_host_rates(tiers);
 		r = away_and_back(tiers, tiers->tokens, OFFLOAD, RESTORE);
 		if (r == 0)
 			r = away_and_back(tiers, KVG_STRIPE_TOKENS, OFFLOAD_SHORT, RESTORE_SHORT);
@@ -419,6 +490,12 @@ static int compare(const void *left, const void *right)
 	double a = *(const double *)left, b = *(const double *)right;
 
 	return a < b ? -1 : a > b;
+}
+
+static double median_rate(double *rates, uint32_t count)
+{
+	qsort(rates, count, sizeof(*rates), compare);
+	return rates[count / 2];
 }
 
 /* Seconds of the median round, the first one left out. */
@@ -465,20 +542,28 @@ static int print(struct tiers *tiers)
 	json_t *moves = json_array(), *json;
 	int r = 0;
 
-	(void)printf("%s%s%s, %.1f MiB in blocks of 8 KiB, %u rounds\n"
-		     "one large copy: out %.2f, in %.2f GB/s; half by half of 4 KiB: out %.2f, in %.2f GB/s\n"
+	if (!tiers->cuda) {
+		tiers->rates.out = tiers->rates.in = median_rate(tiers->large, tiers->copies);
+		tiers->rates.loop_out = tiers->rates.loop_in = median_rate(tiers->halves, tiers->copies);
+	}
+
+	(void)printf("%s%s%s, %.1f MiB in blocks of %zu KiB, extents of %" PRIu64 " KiB%s, %u rounds\n"
+		     "one large copy: out %.2f, in %.2f GB/s; half block by half block: out %.2f, in %.2f GB/s\n"
 		     "%-34s %10s %10s %10s  %12s %6s\n",
 		tiers->cuda ? "cuda" : "host", tiers->cuda ? ", " : "", tiers->status.device,
-		(double)bytes_of(tiers, tiers->tokens) / (1 << 20), tiers->rounds, rates->out / 1e9, rates->in / 1e9,
-		rates->loop_out / 1e9, rates->loop_in / 1e9, "move", "median ms", "best ms", "first ms", "rate",
-		"of it");
+		(double)bytes_of(tiers, tiers->tokens) / (1 << 20), 2 * half_block(tiers) >> 10,
+		tiers->status.extent_size >> 10, tiers->min ? ", within the tenant's min" : "", tiers->rounds,
+		rates->out / 1e9, rates->in / 1e9, rates->loop_out / 1e9, rates->loop_in / 1e9, "move", "median ms",
+		"best ms", "first ms", "rate", "of it");
 	for (enum move move = 0; move < MOVES; move++)
 		if (tiers->samples[move].count > 1)
 			(void)json_array_append_new(moves, print_move(tiers, move, evict_seconds));
-	json = json_pack("{s:s, s:s, s:b, s:I, s:i, s:f, s:f, s:f, s:f, s:o}", "kind", tiers->cuda ? "cuda" : "host",
-		"device", tiers->status.device, "mps", tiers->status.mps, "bytes",
-		(json_int_t)bytes_of(tiers, tiers->tokens), "rounds", (int)tiers->rounds, "large_copy_out", rates->out,
-		"large_copy_in", rates->in, "halves_out", rates->loop_out, "halves_in", rates->loop_in, "moves", moves);
+	json = json_pack("{s:s, s:s, s:b, s:I, s:I, s:I, s:b, s:i, s:f, s:f, s:f, s:f, s:o}", "kind",
+		tiers->cuda ? "cuda" : "host", "device", tiers->status.device, "mps", tiers->status.mps, "bytes",
+		(json_int_t)bytes_of(tiers, tiers->tokens), "block", (json_int_t)(2 * half_block(tiers)), "extent",
+		(json_int_t)tiers->status.extent_size, "min", tiers->min, "rounds", (int)tiers->rounds,
+		"large_copy_out", rates->out, "large_copy_in", rates->in, "halves_out", rates->loop_out, "halves_in",
+		rates->loop_in, "moves", moves);
 	if (tiers->json && json_dump_file(json, tiers->json, JSON_INDENT(1) | JSON_REAL_PRECISION(6)) < 0) {
 		(void)fprintf(stderr, "kvgate-bench: tiers: %s: %s\n", tiers->json, strerror(errno));
 		r = -EIO;
@@ -494,7 +579,9 @@ static int parse(int argc, char **argv, struct tiers *tiers)
 	static const struct option options[] = {{"kind", required_argument, NULL, 'k'},
 		{"device", required_argument, NULL, 'd'}, {"kvgated", required_argument, NULL, 'g'},
 		{"tokens", required_argument, NULL, 't'}, {"layers", required_argument, NULL, 'l'},
-		{"rounds", required_argument, NULL, 'r'}, {"json", required_argument, NULL, 'j'}, {NULL, 0, NULL, 0}};
+		{"dim", required_argument, NULL, 'h'}, {"extent", required_argument, NULL, 'e'},
+		{"min", no_argument, NULL, 'm'}, {"rounds", required_argument, NULL, 'r'},
+		{"json", required_argument, NULL, 'j'}, {NULL, 0, NULL, 0}};
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", options, NULL)) >= 0) {
@@ -510,13 +597,20 @@ static int parse(int argc, char **argv, struct tiers *tiers)
 			tiers->layers = (uint32_t)strtoul(optarg, NULL, 10);
 		else if (option == 'r')
 			tiers->rounds = (uint32_t)strtoul(optarg, NULL, 10);
+		else if (option == 'h')
+			tiers->dim = (uint32_t)strtoul(optarg, NULL, 10);
+		else if (option == 'e' && kvg_size_parse(optarg, &tiers->extent) == 0)
+			continue;
+		else if (option == 'm')
+			tiers->min = true;
 		else if (option == 'j')
 			tiers->json = optarg;
 		else
 			return BENCH_USAGE;
 	}
 	if (optind == argc && tiers->tokens >= 2 * KVG_STRIPE_TOKENS && tiers->tokens <= 1u << 20 &&
-		tiers->layers >= 1 && tiers->layers <= 128 && tiers->rounds >= 1 && tiers->rounds <= ROUNDS_MAX)
+		tiers->layers >= 1 && tiers->layers <= 128 && tiers->dim >= 8 && tiers->dim <= DIM_MAX &&
+		tiers->rounds >= 1 && tiers->rounds <= ROUNDS_MAX)
 		return BENCH_OK;
 	return BENCH_USAGE;
 }
@@ -528,11 +622,12 @@ int bench_tiers(int argc, char **argv)
 
 	if (!tiers)
 		return BENCH_FAIL;
-	*tiers = (struct tiers){.tokens = 4096, .layers = 16, .rounds = 7};
+	*tiers = (struct tiers){.tokens = 4096, .layers = 16, .rounds = 7, .dim = DIM};
 	if (parse(argc, argv, tiers) != BENCH_OK) {
 		(void)fprintf(stderr,
-			"usage: kvgate-bench tiers [--kind host|cuda] [--tokens N] [--layers N] [--rounds N] "
-			"[--json FILE]\n                          [--device N] [--kvgated PROGRAM]\n");
+			"usage: kvgate-bench tiers [--kind host|cuda] [--tokens N] [--layers N] [--dim N] [--extent "
+			"SIZE] [--min]\n                          [--rounds N] [--json FILE] [--device N] [--kvgated "
+			"PROGRAM]\n");
 		free(tiers);
 		return BENCH_USAGE;
 	}

@@ -468,6 +468,55 @@ static void test_slice_while_others_wait(void **state)
 	(void)sem_destroy(&first.waits);
 }
 
+/* Background work sees that others are at work, and after a while that they are not. */
+struct worker {
+	struct job job;
+	struct executor *executor;
+	struct loop *loop;
+	unsigned polls;
+	bool saw_busy;
+};
+
+static void nothing_run(struct job *job)
+{
+	(void)job;
+}
+
+static bool background_poll(struct job *job)
+{
+	struct worker *worker = (struct worker *)job;
+	bool busy = executor_is_busy(worker->executor);
+
+	worker->saw_busy |= busy;
+	return worker->saw_busy && !busy;
+}
+
+static bool foreground_poll(struct job *job)
+{
+	return ++((struct worker *)job)->polls == 100;
+}
+
+static void background_done(struct job *job)
+{
+	loop_stop(((struct worker *)job)->loop);
+}
+
+static void test_background_work(void **state)
+{
+	struct fixture *fixture = *state;
+	struct worker background = {
+		.job = {.run = nothing_run, .poll = background_poll, .done = background_done, .background = true},
+		.executor = fixture->executor,
+		.loop = fixture->loop};
+	struct worker foreground = {.job = {.run = nothing_run, .poll = foreground_poll, .done = slicer_done}};
+
+	executor_submit(fixture->executor, &background.job);
+	executor_submit(fixture->executor, &foreground.job);
+	assert_int_equal(loop_run(fixture->loop), 0); /* ends with the background work */
+	assert_true(background.saw_busy);
+	assert_int_equal(foreground.polls, 100);
+}
+
 #define EXECUTOR_TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
 
 int main(void)
@@ -484,6 +533,7 @@ int main(void)
 		EXECUTOR_TEST(test_polled_one_after_another),
 		EXECUTOR_TEST(test_free_drains_polled),
 		EXECUTOR_TEST(test_slice_while_others_wait),
+		EXECUTOR_TEST(test_background_work),
 	};
 
 	return runner_run("executor", tests, sizeof(tests) / sizeof(tests[0]));
