@@ -20,6 +20,7 @@
 static atomic_int creations_left, creations, reservations_left;
 static _Atomic uint64_t allowed; /* bytes of extents that may exist after a creation */
 static atomic_bool exceeded, gated;
+static _Atomic uint64_t slow_ns; /* what each creation takes at least */
 static sem_t entered, gate;
 
 /* Bytes of all extents that this process has descriptors of. */
@@ -45,8 +46,11 @@ static uint64_t physical(void)
 
 static int watched_create(struct kind *kind, size_t size)
 {
+	const uint64_t begun = loop_now();
 	int fd;
 
+	while (loop_now() - begun < atomic_load(&slow_ns))
+		;
 	if (atomic_load(&gated)) {
 		(void)sem_post(&entered);
 		(void)sem_wait(&gate);
@@ -480,6 +484,56 @@ static void test_end(void **state)
 	check(f, 2, 0);
 }
 
+/* A job of somebody else's, until three extents have been made beside it. */
+struct other {
+	struct job job;
+	int seen;            /* creations */
+	unsigned polls;      /* since then */
+	unsigned between[3]; /* polls before the creation after 1, 2, 3 */
+	bool over;
+};
+
+static void other_run(struct job *job)
+{
+	((struct other *)job)->seen = atomic_load(&creations);
+}
+
+static bool other_poll(struct job *job)
+{
+	struct other *other = (struct other *)job;
+	int now = atomic_load(&creations);
+
+	other->polls++;
+	if (now == other->seen)
+		return false;
+	if (other->seen > 0 && other->seen <= 3)
+		other->between[other->seen - 1] = other->polls;
+	other->seen = now;
+	other->polls = 0;
+	return now > 3;
+}
+
+static void other_done(struct job *job)
+{
+	((struct other *)job)->over = true;
+}
+
+/* While others are at work, memory of the min comes in pieces with long rests, and yet it comes. */
+static void test_makes_way(void **state)
+{
+	struct fixture *f = *state;
+	struct other other = {.job = {.run = other_run, .poll = other_poll, .done = other_done}};
+
+	slow_ns = 1000000; /* more than a slice: each piece is one extent */
+	executor_submit(f->executor, &other.job);
+	set_min_and_wait(f, 8 * EXTENT);
+	slow_ns = 0;
+	assert_true(other.over);
+	for (unsigned i = 0; i < 3; i++)
+		assert_in_range(other.between[i], 10, UINT32_MAX); /* without rests: one */
+	check(f, 8, 0);
+}
+
 #define RESERVE_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -496,6 +550,7 @@ int main(void)
 		RESERVE_TEST(test_failed_batch),
 		RESERVE_TEST(test_dropped_batch),
 		RESERVE_TEST(test_end),
+		RESERVE_TEST(test_makes_way),
 	};
 
 	return runner_run("reserve", tests, sizeof(tests) / sizeof(tests[0]));
