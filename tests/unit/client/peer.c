@@ -454,7 +454,9 @@ static void serve_entry(struct peer *peer, const struct kvg_sqe *sqe)
 {
 	struct kvg_cqe cqe = {.user_data = sqe->user_data};
 
+	check(pthread_mutex_lock(&peer->lock) == 0);
 	peer->last[sqe->op] = *sqe;
+	check(pthread_mutex_unlock(&peer->lock) == 0);
 	operate(peer, sqe, &cqe);
 	if (sqe->signal_value)
 		__atomic_store_n(&peer->sync->slots[(uint32_t)sqe->seq], sqe->signal_value, __ATOMIC_RELEASE);
@@ -668,6 +670,7 @@ struct peer *peer_new(void)
 	peer->device_table_fd = peer->device_rows_fd = -1;
 	for (unsigned i = 0; i < PEER_SLOTS; i++)
 		peer->extent_fds[i] = -1;
+	check(pthread_mutex_init(&peer->lock, NULL) == 0);
 	peer->listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	peer->stop = eventfd(0, EFD_CLOEXEC);
 	peer->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -675,6 +678,16 @@ struct peer *peer_new(void)
 	check(bind(peer->listener, (const struct sockaddr *)&address, sizeof(address)) == 0);
 	check(listen(peer->listener, 4) == 0);
 	return peer;
+}
+
+struct kvg_sqe peer_last(struct peer *peer, unsigned op)
+{
+	struct kvg_sqe sqe;
+
+	check(pthread_mutex_lock(&peer->lock) == 0);
+	sqe = peer->last[op];
+	check(pthread_mutex_unlock(&peer->lock) == 0);
+	return sqe;
 }
 
 void peer_start(struct peer *peer)
@@ -705,6 +718,7 @@ static void close_fd(int fd)
 
 void peer_free(struct peer *peer)
 {
+	check(pthread_mutex_destroy(&peer->lock) == 0);
 	if (peer->ring)
 		check(munmap(peer->ring, RING_SIZE) == 0);
 	if (peer->table)

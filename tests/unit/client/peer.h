@@ -69,7 +69,8 @@ struct peer {
 	uint32_t stage_rows[64];
 	uint8_t stage_sum[64];   /* of the rows' bytes */
 	char gate[16];           /* first bytes of the gate file */
-	struct kvg_sqe last[32]; /* by operation: its last entry */
+	pthread_mutex_t lock;    /* of: */
+	struct kvg_sqe last[32]; /* by operation: its last entry, see peer_last() */
 	uint32_t reliefs;
 	uint32_t acknowledged_at_relief; /* `acknowledged` when the last RELIEF came */
 	uint8_t key[KVG_KEY_SIZE];       /* of the context */
@@ -100,6 +101,9 @@ struct peer {
 /* Starts listening in a fresh folder. */
 struct peer *peer_new(void);
 void peer_start(struct peer *peer);
+
+/* The last entry of an operation; zeros when there was none. */
+struct kvg_sqe peer_last(struct peer *peer, unsigned op);
 
 /* Ends the thread (which hangs up); what it has seen can be looked at until peer_free(). */
 void peer_stop(struct peer *peer);

@@ -47,7 +47,7 @@ static void publishes(void **state)
 	assert_int_equal(info.tokens, 30);
 	assert_int_equal(info.attached, 1);
 	assert_int_equal(info.existed, 0);
-	assert_int_equal(peer->last[KVG_OP_PUBLISH].generation, 1);
+	assert_int_equal(peer_last(peer, KVG_OP_PUBLISH).generation, 1);
 	/* What its full blocks were in is back in the pool. */
 	assert_int_equal(client->ack_done, client->drop_event);
 	assert_int_equal(client->drop_event, client->events);
@@ -112,7 +112,7 @@ static void attaches(void **state)
 	assert_int_equal((uint32_t)mine, 1);
 	assert_int_equal(info.tokens, 30);
 	assert_int_equal(info.attached, 2);
-	assert_int_equal(peer->last[KVG_OP_ATTACH].attach.max_new_tokens, 9);
+	assert_int_equal(peer_last(peer, KVG_OP_ATTACH).attach.max_new_tokens, 9);
 	/* It is there at once, behind the context's tokens. */
 	assert_int_equal(view.appended[1], 0);
 	assert_int_equal(kvg_query(client, mine, &now), 0);

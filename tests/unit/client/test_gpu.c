@@ -543,14 +543,14 @@ static void gives_values_by_operation(void **state)
 	assert_int_equal(kvg_free(client, seq), 0);
 	(void)kvg_close(client);
 	peer_stop(peer);
-	assert_int_equal(peer->last[KVG_OP_RESERVE].wait_value, 0);
-	assert_int_equal(peer->last[KVG_OP_RESERVE].signal_value, 1);
-	assert_int_equal(peer->last[KVG_OP_TRUNCATE].wait_value, 1);
-	assert_int_equal(peer->last[KVG_OP_TRUNCATE].signal_value, 0);
-	assert_int_equal(peer->last[KVG_OP_EVICT].wait_value, 2);
-	assert_int_equal(peer->last[KVG_OP_EVICT].signal_value, 2);
-	assert_int_equal(peer->last[KVG_OP_FREE].wait_value, 3);
-	assert_int_equal(peer->last[KVG_OP_COMMIT].wait_value, 0);
+	assert_int_equal(peer_last(peer, KVG_OP_RESERVE).wait_value, 0);
+	assert_int_equal(peer_last(peer, KVG_OP_RESERVE).signal_value, 1);
+	assert_int_equal(peer_last(peer, KVG_OP_TRUNCATE).wait_value, 1);
+	assert_int_equal(peer_last(peer, KVG_OP_TRUNCATE).signal_value, 0);
+	assert_int_equal(peer_last(peer, KVG_OP_EVICT).wait_value, 2);
+	assert_int_equal(peer_last(peer, KVG_OP_EVICT).signal_value, 2);
+	assert_int_equal(peer_last(peer, KVG_OP_FREE).wait_value, 3);
+	assert_int_equal(peer_last(peer, KVG_OP_COMMIT).wait_value, 0);
 	peer_free(peer);
 }
 
@@ -593,9 +593,9 @@ static void takes_rows_where_the_daemon_can_read(void **state)
 	assert_int_equal(peer->import_offset, 64);
 	assert_int_equal(peer->import_size, 256);
 	assert_int_equal(peer->released, 2);
-	assert_int_equal(peer->last[KVG_OP_STAGE].stage.buffer, 2);
-	assert_int_equal(peer->last[KVG_OP_STAGE].stage.offset, 16);
-	assert_int_equal(peer->last[KVG_OP_STAGE].stage.kind, KVG_STAGE_PREACT);
+	assert_int_equal(peer_last(peer, KVG_OP_STAGE).stage.buffer, 2);
+	assert_int_equal(peer_last(peer, KVG_OP_STAGE).stage.offset, 16);
+	assert_int_equal(peer_last(peer, KVG_OP_STAGE).stage.kind, KVG_STAGE_PREACT);
 	peer_free(peer);
 }
 

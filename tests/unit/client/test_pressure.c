@@ -39,7 +39,7 @@ static void answers_each_number_once(void **state)
 	assert_int_equal(kvg_nop(client), 0);
 	end(client, peer);
 	assert_int_equal(peer->reliefs, 2);
-	assert_int_equal(peer->last[KVG_OP_RELIEF].relief.pressure, 4);
+	assert_int_equal(peer_last(peer, KVG_OP_RELIEF).relief.pressure, 4);
 	peer_free(peer);
 }
 

@@ -145,13 +145,13 @@ static void recalls(void **state)
 	assert_int_equal(result.generation, 2);
 	assert_int_equal(view.appended[0], 0);
 	assert_int_equal(client->ack_done, client->drop_event);
-	assert_float_equal(peer->last[KVG_OP_RECALL].recall.ratio, 0.3, 0);
-	assert_int_equal(peer->last[KVG_OP_RECALL].recall.flags, 0);
-	assert_int_equal(peer->last[KVG_OP_RECALL].generation, 1);
+	assert_float_equal(peer_last(peer, KVG_OP_RECALL).recall.ratio, 0.3, 0);
+	assert_int_equal(peer_last(peer, KVG_OP_RECALL).recall.flags, 0);
+	assert_int_equal(peer_last(peer, KVG_OP_RECALL).generation, 1);
 	assert_int_equal(kvg_recall_budget(client, seq, 200, NULL), 0);
-	assert_int_equal(peer->last[KVG_OP_RECALL].recall.flags, KVG_RECALL_BUDGET);
-	assert_int_equal(peer->last[KVG_OP_RECALL].recall.budget, 200);
-	assert_int_equal(peer->last[KVG_OP_RECALL].generation, 2);
+	assert_int_equal(peer_last(peer, KVG_OP_RECALL).recall.flags, KVG_RECALL_BUDGET);
+	assert_int_equal(peer_last(peer, KVG_OP_RECALL).recall.budget, 200);
+	assert_int_equal(peer_last(peer, KVG_OP_RECALL).generation, 2);
 	assert_int_equal(kvg_recall(client, seq + 1, 0.3, NULL), -ENOENT);
 	end(client, peer);
 }
