@@ -555,15 +555,18 @@ static int print(struct tiers *tiers)
 		tiers->status.extent_size >> 10, tiers->min ? ", within the tenant's min" : "", tiers->rounds,
 		rates->out / 1e9, rates->in / 1e9, rates->loop_out / 1e9, rates->loop_in / 1e9, "move", "median ms",
 		"best ms", "first ms", "rate", "of it");
+	if (rates->batch_out > 0)
+		(void)printf("in batches of the driver's (cuMemcpyBatchAsync): out %.2f, in %.2f GB/s\n",
+			rates->batch_out / 1e9, rates->batch_in / 1e9);
 	for (enum move move = 0; move < MOVES; move++)
 		if (tiers->samples[move].count > 1)
 			(void)json_array_append_new(moves, print_move(tiers, move, evict_seconds));
-	json = json_pack("{s:s, s:s, s:b, s:I, s:I, s:I, s:b, s:i, s:f, s:f, s:f, s:f, s:o}", "kind",
+	json = json_pack("{s:s, s:s, s:b, s:I, s:I, s:I, s:b, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:o}", "kind",
 		tiers->cuda ? "cuda" : "host", "device", tiers->status.device, "mps", tiers->status.mps, "bytes",
 		(json_int_t)bytes_of(tiers, tiers->tokens), "block", (json_int_t)(2 * half_block(tiers)), "extent",
 		(json_int_t)tiers->status.extent_size, "min", tiers->min, "rounds", (int)tiers->rounds,
 		"large_copy_out", rates->out, "large_copy_in", rates->in, "halves_out", rates->loop_out, "halves_in",
-		rates->loop_in, "moves", moves);
+		rates->loop_in, "batch_out", rates->batch_out, "batch_in", rates->batch_in, "moves", moves);
 	if (tiers->json && json_dump_file(json, tiers->json, JSON_INDENT(1) | JSON_REAL_PRECISION(6)) < 0) {
 		(void)fprintf(stderr, "kvgate-bench: tiers: %s: %s\n", tiers->json, strerror(errno));
 		r = -EIO;

@@ -12,6 +12,7 @@ int bench_tiers(int argc, char **argv);
  * and into it. */
 struct tiers_rates {
 	double out, in, loop_out, loop_in;
+	double batch_out, batch_in; /* halves of blocks in cuMemcpyBatchAsync(); 0: there is none */
 };
 
 /* The device as a worker uses it. Only where the kind cuda is built; a negative errno with a line on standard error. */
