@@ -561,3 +561,12 @@ uint64_t fixture_physical(const struct fixture *fixture)
 	(void)closedir(dir);
 	return sum;
 }
+
+void fixture_wait_physical(const struct fixture *fixture, uint64_t bytes)
+{
+	uint64_t deadline = fixture_now_ms() + FIXTURE_WAIT_MS;
+
+	while (fixture_physical(fixture) != bytes && fixture_now_ms() < deadline)
+		;
+	assert_int_equal(fixture_physical(fixture), bytes);
+}

@@ -108,6 +108,9 @@ bool fixture_wait_gone(const struct fixture *fixture, uint32_t workers, uint64_t
 /* Sum of st_blocks of the extents that the daemon holds, in bytes, from its /proc/PID/fd. */
 uint64_t fixture_physical(const struct fixture *fixture);
 
+/* Until it is that much: memory of a min that went is destroyed a little after it was counted. */
+void fixture_wait_physical(const struct fixture *fixture, uint64_t bytes);
+
 /* CLOCK_MONOTONIC in ms. */
 uint64_t fixture_now_ms(void);
 

@@ -305,12 +305,12 @@ static void test_staged_rows_of_a_tenant(void **state)
 	struct tenant *tenant = session->server.tenants[0];
 	struct kvg_sqe stage = {.op = KVG_OP_STAGE,
 		.seq = create(peer, 1024),
-		.stage = {.kind = KVG_STAGE_SCORE, .layer_count = 2, .rows = 64}};
+		.stage = {.kind = KVG_STAGE_SCORE, .layer_count = 2, .rows = 512}}; /* too many for the reactor */
 
 	(void)state;
 	assert_int_equal(
-		call(peer, (struct kvg_sqe){.op = KVG_OP_RESERVE, .seq = stage.seq, .reserve.tokens = 128}).status, 0);
-	tenant->limits.staged_rows = 256; /* two layers of 64 rows, twice */
+		call(peer, (struct kvg_sqe){.op = KVG_OP_RESERVE, .seq = stage.seq, .reserve.tokens = 512}).status, 0);
+	tenant->limits.staged_rows = 2048; /* two layers of 512 rows, twice */
 	for (unsigned i = 0; i < 2; i++)
 		session_submit(peer, &stage);
 	stage.stage.layer_count = stage.stage.rows = 1;
@@ -319,7 +319,7 @@ static void test_staged_rows_of_a_tenant(void **state)
 	assert_int_equal(session_reap(peer).status, 0);
 	assert_int_equal(session_reap(peer).status, -EAGAIN);
 	assert_string_equal(session_text(peer),
-		"tenant a: stage: 1 rows of all layers, 256 under way, at most 256 (max_staged_rows)");
+		"tenant a: stage: 1 rows of all layers, 2048 under way, at most 2048 (max_staged_rows)");
 	assert_int_equal(tenant->staged_rows, 0);
 	assert_int_equal(call(peer, stage).status, 0);
 	stage.stage.rows = stage.stage.layer_count = UINT32_MAX;
