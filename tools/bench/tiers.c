@@ -548,16 +548,15 @@ static int print(struct tiers *tiers)
 	}
 
 	(void)printf("%s%s%s, %.1f MiB in blocks of %zu KiB, extents of %" PRIu64 " KiB%s, %u rounds\n"
-		     "one large copy: out %.2f, in %.2f GB/s; half block by half block: out %.2f, in %.2f GB/s\n"
-		     "%-34s %10s %10s %10s  %12s %6s\n",
+		     "one large copy: out %.2f, in %.2f GB/s; half block by half block: out %.2f, in %.2f GB/s\n",
 		tiers->cuda ? "cuda" : "host", tiers->cuda ? ", " : "", tiers->status.device,
 		(double)bytes_of(tiers, tiers->tokens) / (1 << 20), 2 * half_block(tiers) >> 10,
 		tiers->status.extent_size >> 10, tiers->min ? ", within the tenant's min" : "", tiers->rounds,
-		rates->out / 1e9, rates->in / 1e9, rates->loop_out / 1e9, rates->loop_in / 1e9, "move", "median ms",
-		"best ms", "first ms", "rate", "of it");
+		rates->out / 1e9, rates->in / 1e9, rates->loop_out / 1e9, rates->loop_in / 1e9);
 	if (rates->batch_out > 0)
 		(void)printf("in batches of the driver's (cuMemcpyBatchAsync): out %.2f, in %.2f GB/s\n",
 			rates->batch_out / 1e9, rates->batch_in / 1e9);
+	(void)printf("%-34s %10s %10s %10s  %12s %6s\n", "move", "median ms", "best ms", "first ms", "rate", "of it");
 	for (enum move move = 0; move < MOVES; move++)
 		if (tiers->samples[move].count > 1)
 			(void)json_array_append_new(moves, print_move(tiers, move, evict_seconds));
