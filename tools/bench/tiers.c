@@ -562,7 +562,7 @@ static int print(struct tiers *tiers)
 			(void)json_array_append_new(moves, print_move(tiers, move, evict_seconds));
 	json = json_pack("{s:s, s:s, s:b, s:I, s:I, s:I, s:b, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:o}", "kind",
 		tiers->cuda ? "cuda" : "host", "device", tiers->status.device, "mps", tiers->status.mps, "bytes",
-		(json_int_t)bytes_of(tiers, tiers->tokens), "block", (json_int_t)(2 * half_block(tiers)), "extent",
+		(json_int_t)bytes_of(tiers, tiers->tokens), "block", 2 * (json_int_t)half_block(tiers), "extent",
 		(json_int_t)tiers->status.extent_size, "min", tiers->min, "rounds", (int)tiers->rounds,
 		"large_copy_out", rates->out, "large_copy_in", rates->in, "halves_out", rates->loop_out, "halves_in",
 		rates->loop_in, "batch_out", rates->batch_out, "batch_in", rates->batch_in, "moves", moves);

@@ -287,9 +287,11 @@ static void test_short_ones_at_once(void **state)
 	assert_true(call->done);
 	assert_int_equal(call->request.cqe.status, 0);
 	assert_int_equal(executor_pending(fixture->executor), 0);
-	for (uint32_t row = 0; row < 32; row++)
-		assert_float_equal(
-			place_of(fixture, handle, row, 31)->score, (float)(row / 8 * 32 * 8 + 31 * 8 + row % 8), 0);
+	for (uint32_t row = 0; row < 32; row++) {
+		uint32_t layer = row / 8, head = row % 8;
+
+		assert_float_equal(place_of(fixture, handle, row, 31)->score, (float)((layer * 32 + 31) * 8 + head), 0);
+	}
 	sqe.stage.pos = 31;
 	sqe.stage.rows = 33;
 	call = fixture_start(fixture, &sqe);
