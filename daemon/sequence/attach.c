@@ -224,10 +224,8 @@ static void fail_tails(struct request *request, int status)
 
 	request->child = NULL;
 	block_copy_deinit(&request->copy);
-	sequence_drop(child);
-	space_return_spare(request->space);
 	request->cqe.status = status;
-	request_finish(request);
+	sequence_end(request, child);
 }
 
 /* Extents to create before the tails can be taken; what others and evictions count on is left to them. */
@@ -285,7 +283,6 @@ static void attached(struct request *request)
 	const struct space *space = request->space;
 
 	request->child = NULL;
-	sequence->busy = true;
 	block_copy_deinit(&request->copy);
 	sequence_publish(sequence);
 	request->cqe.value[0] = sequence->slot;
@@ -371,6 +368,7 @@ static int new_child(struct request *request, struct context *context, const str
 	}
 	child->meta->fold_pos = child->meta->committed_pos = child->meta->reserved_pos = tokens;
 	child->meta->shared_pos = tokens;
+	child->busy = true; /* a worker can tell its handle before it is complete */
 	request->child = child;
 	promise_update(child);
 	return 0;

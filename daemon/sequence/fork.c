@@ -1,6 +1,7 @@
 /* FORK, and how a sequence goes on behind a context that has what it holds. */
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -131,14 +132,16 @@ static void fail(struct request *request, int status)
 		blocks_give(&request->space->blocks, request->copy.dst[i]);
 	child->meta->blocks = 0;
 	block_copy_deinit(&request->copy);
-	sequence_drop(child);
-	space_return_spare(request->space);
-	request_fail(request, status, "sequence %#" PRIx64 ": fork: %s", request->sqe.seq, strerror(-status));
+	request->cqe.status = status;
+	(void)snprintf(request->text, sizeof(request->text), "sequence %#" PRIx64 ": fork: %s", request->sqe.seq,
+		strerror(-status));
+	sequence_end(request, child);
 }
 
 static void child_published(struct request *request)
 {
 	struct sequence *child = request->sequence, *parent = request->child;
+	struct space *space = request->space;
 	struct list waiting, *node;
 
 	request->child = NULL;
@@ -148,8 +151,8 @@ static void child_published(struct request *request)
 		list_add_tail(&waiting, node);
 	request->sequence = parent;
 	request_finish(request);
-	while ((node = list_pop(&waiting)))
-		space_submit(child->space, list_entry(node, struct request, node));
+	while ((node = list_pop(&waiting))) /* one may free the child */
+		space_submit(space, list_entry(node, struct request, node));
 }
 
 /* The table that the worker's kernels read gets the child's rows behind the parent's. */

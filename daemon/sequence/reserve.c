@@ -377,17 +377,14 @@ void sequence_drop(struct sequence *sequence)
 	free(sequence);
 }
 
-void op_free(struct request *request)
+void sequence_end(struct request *request, struct sequence *sequence)
 {
-	struct sequence *sequence = request->sequence;
 	struct space *space = request->space;
 	struct list waiting, *node;
 
 	list_init(&waiting);
 	while ((node = list_pop(&sequence->queue)))
 		list_add_tail(&waiting, node);
-	request->cqe.seq = sequence_handle(sequence);
-	request->sequence = NULL;
 	sequence_drop(sequence);
 	space_return_spare(space);
 	request_finish(request);
@@ -396,4 +393,13 @@ void op_free(struct request *request)
 
 		request_fail(next, -ENOENT, "sequence %#" PRIx64 ": there is no such sequence", next->sqe.seq);
 	}
+}
+
+void op_free(struct request *request)
+{
+	struct sequence *sequence = request->sequence;
+
+	request->cqe.seq = sequence_handle(sequence);
+	request->sequence = NULL;
+	sequence_end(request, sequence);
 }

@@ -258,8 +258,11 @@ void space_grow_ahead(struct space *space, uint32_t extents);
 /* A new sequence in a free slot, of which there is one; the admitted blocks have been promised. NULL: no memory. */
 struct sequence *sequence_new(struct space *space, const struct kvg_policy *policy, uint64_t admitted);
 
-/* Gives everything of a sequence back and frees it. */
+/* Gives everything of a sequence back and frees it. Nothing waits for it. */
 void sequence_drop(struct sequence *sequence);
+
+/* The same with spare extents, finishes the request, and then fails those that wait for the sequence. */
+void sequence_end(struct request *request, struct sequence *sequence);
 
 /* The place in the worker's table of the row's own blocks, and the row's length there, set from the metadata. */
 uint32_t *sequence_table_row(const struct sequence *sequence, uint32_t row);

@@ -254,6 +254,61 @@ static void test_worker_dies(void **state)
 	fixture_free(fixture);
 }
 
+/* Entries that name the child before its FORK has ended come after it, and all of them end. */
+static void test_entries_before_its_end(void **state)
+{
+	struct kvg_policy policy = {.context_tokens = 300, .max_new_tokens = 100};
+	struct fixture *fixture = fixture_new(NULL);
+	struct model *parent = model_new(fixture, &policy, SCORES_RANDOM);
+	const struct space *space = fixture->space;
+	struct call *fork, *gone, *late;
+	uint64_t handle;
+
+	(void)state;
+	model_prefill(parent);
+	handle = (uint64_t)(space->epoch + 1) << 32 | space->free_slots[space->free_count - 1];
+	fork = fixture_start(fixture, &(struct kvg_sqe){.op = KVG_OP_FORK, .seq = parent->handle});
+	gone = fixture_start(fixture, &(struct kvg_sqe){.op = KVG_OP_FREE, .seq = handle});
+	late = fixture_start(fixture, &(struct kvg_sqe){.op = KVG_OP_QUERY, .seq = handle});
+	fixture_wait(fixture, late);
+	assert_true(fork->done && gone->done && fork->order < gone->order);
+	assert_int_equal(fork->request.cqe.value[1], handle);
+	assert_int_equal(gone->request.cqe.status, 0);
+	assert_int_equal(late->request.cqe.status, -ENOENT);
+	model_seal(parent);
+	model_check(parent);
+	model_release(parent);
+	fixture_free(fixture);
+}
+
+/* Those that wait for a child that comes to nothing fail: there are too many contexts. */
+static void test_entries_before_its_failure(void **state)
+{
+	struct kvg_policy policy = {.context_tokens = 512, .max_new_tokens = 100};
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.extent_size = 16 << 10});
+	struct model *parent = model_new(fixture, &policy, SCORES_RANDOM);
+	const struct space *space = fixture->space;
+	struct call *fork, *late;
+	uint64_t handle;
+
+	(void)state;
+	assert_int_equal(model_append(parent, 500), 0);
+	handle = (uint64_t)(space->epoch + 1) << 32 | space->free_slots[space->free_count - 1];
+	fixture->pool->meta->free_context_count = 0;
+	fork = fixture_start(fixture, &(struct kvg_sqe){.op = KVG_OP_FORK, .seq = parent->handle});
+	assert_false(fork->done);
+	late = fixture_start(fixture, &(struct kvg_sqe){.op = KVG_OP_QUERY, .seq = handle});
+	fixture_wait(fixture, late);
+	fixture->pool->meta->free_context_count = META_MAX_CONTEXTS;
+	assert_true(fork->done && fork->order < late->order);
+	assert_int_equal(fork->request.cqe.status, -EUSERS);
+	assert_int_equal(late->request.cqe.status, -ENOENT);
+	assert_int_equal(fixture->space->sequence_count, 1);
+	model_check(parent);
+	model_release(parent);
+	fixture_free(fixture);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -265,6 +320,8 @@ int main(void)
 		cmocka_unit_test(test_truncate_and_protect),
 		cmocka_unit_test(test_refusals),
 		cmocka_unit_test(test_worker_dies),
+		cmocka_unit_test(test_entries_before_its_end),
+		cmocka_unit_test(test_entries_before_its_failure),
 	};
 
 	return runner_run("fork", tests, sizeof(tests) / sizeof(tests[0]));

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "tests/support/space_model.h"
+#include "tests/support/test_kind.h"
 
 #define EXTENT (64u << 10) /* 128 blocks */
 
@@ -520,6 +521,87 @@ static void test_generation(void **state)
 	fixture_free(fixture);
 }
 
+/* The handle that the next new sequence of a space gets: a worker can tell. */
+static uint64_t next_handle(const struct fixture *fixture)
+{
+	const struct space *space = fixture->space;
+
+	return (uint64_t)(space->epoch + 1) << 32 | space->free_slots[space->free_count - 1];
+}
+
+/* Entries that name a sequence before its ATTACH has ended come after it. */
+static void test_entries_before_its_end(void **state)
+{
+	struct fixture *first = fixture_new(NULL), *second = fixture_join(first, NULL, NULL);
+	struct model *publisher = prompt(first, SCORES_RANDOM);
+	struct kvg_sqe sqe = {.op = KVG_OP_ATTACH, .seq = publish(publisher, 1), .attach = question};
+	struct call *attaching, *reserve, *gone, *late;
+
+	(void)state;
+	for (unsigned round = 0; round < 2; round++) { /* with an extent to be created, and without */
+		uint64_t handle = next_handle(second);
+
+		sqe.op = KVG_OP_ATTACH;
+		attaching = fixture_start(second, &sqe);
+		reserve = fixture_start(
+			second, &(struct kvg_sqe){.op = KVG_OP_RESERVE, .seq = handle, .reserve.tokens = 40});
+		gone = fixture_start(second, &(struct kvg_sqe){.op = KVG_OP_FREE, .seq = handle});
+		late = fixture_start(second, &(struct kvg_sqe){.op = KVG_OP_QUERY, .seq = handle});
+		fixture_wait(second, late);
+		assert_true(attaching->done && reserve->done && gone->done);
+		assert_int_equal(attaching->request.cqe.status, 0);
+		assert_int_equal(attaching->request.cqe.seq, handle);
+		assert_int_equal(reserve->request.cqe.status, 0);
+		assert_true(attaching->order < reserve->order && reserve->order < gone->order);
+		assert_int_equal(gone->request.cqe.status, 0);
+		assert_int_equal(late->request.cqe.status, -ENOENT);
+		fixture_acknowledge(second);
+	}
+	assert_int_equal(second->space->sequence_count, 0);
+	model_check(publisher);
+	model_release(publisher);
+	fixture_free(second);
+	fixture_free(first);
+}
+
+static int create_nothing(struct kind *kind, size_t size)
+{
+	(void)kind;
+	(void)size;
+	return -ENOMEM;
+}
+
+/* Those that wait for a sequence that comes to nothing fail. */
+static void test_entries_before_its_failure(void **state)
+{
+	struct test_kind kind;
+	struct fixture *first, *second;
+	struct model *publisher;
+	struct kvg_sqe sqe = {.op = KVG_OP_ATTACH, .attach = question};
+	struct call *attaching, *late;
+	uint64_t handle;
+
+	(void)state;
+	test_kind_init(&kind);
+	first = fixture_new(&(struct fixture_options){.kind = &kind.kind});
+	second = fixture_join(first, NULL, NULL);
+	publisher = prompt(first, SCORES_RANDOM);
+	sqe.seq = publish(publisher, 1);
+	kind.ops.create = create_nothing;
+	handle = next_handle(second);
+	attaching = fixture_start(second, &sqe);
+	late = fixture_start(second, &(struct kvg_sqe){.op = KVG_OP_QUERY, .seq = handle});
+	fixture_wait(second, late);
+	assert_true(attaching->order < late->order);
+	assert_int_equal(attaching->request.cqe.status, -ENOMEM);
+	assert_int_equal(late->request.cqe.status, -ENOENT);
+	assert_int_equal(second->space->sequence_count, 0);
+	model_release(publisher);
+	fixture_free(second);
+	fixture_free(first);
+	test_kind_deinit(&kind);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -537,6 +619,8 @@ int main(void)
 		cmocka_unit_test(test_without_extents),
 		cmocka_unit_test(test_refusals),
 		cmocka_unit_test(test_generation),
+		cmocka_unit_test(test_entries_before_its_end),
+		cmocka_unit_test(test_entries_before_its_failure),
 	};
 
 	return runner_run("publish", tests, sizeof(tests) / sizeof(tests[0]));
