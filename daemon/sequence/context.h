@@ -11,11 +11,11 @@
  *
  * References are sequences and contexts that go on from it. A published context without any is on offer to whoever
  * needs device memory (tenant/reclaim.h). Then its image goes to the host tier where the tenant's budget there has room
- * for it, and it has no extents until somebody attaches to it; one that goes on from another, and one that there is no
- * room for, is forgotten. Those on the host are forgotten when images of others, or pairs that evictions drop, need the
- * room. A context that is forgotten ends with its last reference. A worker maps extents with its first sequence that is
- * attached, and then until it is asked to unmap them, because the context ends or goes to the host, or is gone; they
- * are destroyed when no worker maps them any more.
+ * for it, and it has no extents until somebody attaches to it; one that goes on from another or holds nothing, and one
+ * that there is no room for, is forgotten. Those on the host are forgotten when images of others, or pairs that
+ * evictions drop, need the room. A context that is forgotten ends with its last reference. A worker maps extents with
+ * its first sequence that is attached, and then until it is asked to unmap them, because the context ends or goes to
+ * the host, or is gone; they are destroyed when no worker maps them any more.
  *
  * All of it is the reactor's, but for copies (compute.h).
  */

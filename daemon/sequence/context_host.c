@@ -198,7 +198,7 @@ int context_offload(struct context *context)
 	struct context_move *move;
 	int r;
 
-	if (context->parent)
+	if (context->parent || !context->part.context->blocks)
 		return -EOPNOTSUPP;
 	move = move_new(context);
 	r = move ? prepare(move) : -ENOMEM;

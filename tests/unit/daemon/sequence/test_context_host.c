@@ -381,6 +381,31 @@ static void test_no_room_on_the_device(void **state)
 	fixture_free(fixture);
 }
 
+/* A prompt of which an eviction has kept nothing, published: there is nothing to send, and it is forgotten. */
+static void test_of_no_pairs(void **state)
+{
+	static const struct kvg_policy nothing = {.mode = KVG_MODE_CHUNKED,
+		.ratio = 0.001,
+		.flags = KVG_POLICY_WINDOW_ABSOLUTE,
+		.context_tokens = 128,
+		.max_new_tokens = 16};
+	struct fixture *fixture = open_fixture(4 << 20);
+	struct model *model = model_new(fixture, &nothing, SCORES_DESCENDING);
+
+	(void)state;
+	model_prefill(model);
+	assert_int_equal(model_pairs(model), 0);
+	assert_int_equal(fixture_publish(fixture, model->handle, 7), 0);
+	model_seal(model);
+	model_release(model);
+	assert_int_equal(begin(fixture), 1);
+	settle(fixture);
+	assert_int_equal(fixture->tenant->reclaiming_bytes, 0);
+	assert_int_equal(fixture_find(fixture, 7), 0);
+	assert_int_equal(on_host(fixture), 0);
+	fixture_free(fixture);
+}
+
 static _Atomic(bool) no_memory;
 
 static int create(struct kind *kind, size_t size)
@@ -534,6 +559,7 @@ int main(void)
 		cmocka_unit_test(test_audit),
 		cmocka_unit_test(test_death_of_who_attaches),
 		cmocka_unit_test(test_the_end),
+		cmocka_unit_test(test_of_no_pairs),
 	};
 
 	return runner_run("context_host", tests, sizeof(tests) / sizeof(tests[0]));
