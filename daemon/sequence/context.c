@@ -22,10 +22,40 @@ static void context_free(struct context *context)
 	list_remove(&context->host_node);
 	host_tier_give(context->tenant->pool->tier, context->tenant, context->part.context->image);
 	meta_context_deinit(context->tenant->pool->meta, &context->part);
+	context->tenant->context_entries--;
 	(void)arena_unref(context->arena);
 	free(context->shared);
 	free(context);
 	context_unref(parent);
+}
+
+/*
+ * Entries of the table that all tenants share: a tenant gets none when it has as many as are left for all. A little
+ * before that, those of contexts that nobody uses are on their way back, the ones on the host first.
+ */
+static void make_entries(struct tenant *tenant, uint32_t free_count)
+{
+	const struct list *on_host = &tenant->host_contexts, *on_offer = &tenant->offers[RECLAIM_CONTEXT];
+
+	if (tenant->context_entries + free_count / 8 < free_count)
+		return;
+	if (!list_empty(on_host))
+		context_forget(list_entry(on_host->next, struct context, host_node));
+	else if (!list_empty(on_offer))
+		context_forget(list_entry(on_offer->next, struct context, offer.node));
+}
+
+static int take_entry(const struct space *space, uint64_t id, uint64_t ids, struct meta_context_part *ret)
+{
+	struct tenant *tenant = space->tenant;
+	struct meta *meta = space->pool->meta;
+	int r = -EUSERS;
+
+	make_entries(tenant, meta->free_context_count);
+	if (tenant->context_entries < meta->free_context_count)
+		r = meta_context_new(meta, id, space->rows, (uint32_t)ids, ret);
+	tenant->context_entries += r >= 0;
+	return r;
 }
 
 static void fill_meta(struct context *context, const struct space *space, uint32_t tokens)
@@ -78,7 +108,7 @@ int context_new(struct space *space, struct context *parent, const uint8_t *key,
 	context->rows = space->rows;
 	context->shared = calloc(space->rows, sizeof(uint32_t));
 	if (context->shared)
-		r = meta_context_new(space->pool->meta, id, space->rows, (uint32_t)ids, &context->part);
+		r = take_entry(space, id, ids, &context->part);
 	if (r < 0) {
 		free(context->shared);
 		free(context);
@@ -313,6 +343,7 @@ struct context *context_shell_new(struct context *context)
 	}
 	init_lists(shell);
 	shell->tenant = context->tenant;
+	shell->tenant->context_entries++;
 	shell->arena = arena_ref(context->arena);
 	shell->forgotten = true;
 	shell->part.context->state = META_CONTEXT_ENDING;

@@ -80,7 +80,7 @@ static inline bool context_is_published(const struct context *context)
 /*
  * A context with room for `ids` full blocks behind those of `parent`, in the state COPYING. key: NULL makes it
  * anonymous, in the space's extents; else it is in the tenant's table from now on, but nobody finds it. 0, -ENOMEM,
- * or -EUSERS (there are too many contexts).
+ * or -EUSERS: the tenant has as many entries of the metadata's table as are free, so that some are left for others.
  */
 int context_new(struct space *space, struct context *parent, const uint8_t *key, uint32_t tokens, uint64_t ids,
 	struct context **ret);

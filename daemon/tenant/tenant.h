@@ -44,6 +44,7 @@ struct tenant {
 	struct list arenas;
 	struct context *contexts_by_key, *contexts_by_id; /* published ones, see daemon/sequence/context.h */
 	uint32_t contexts;                                /* of them, those that can be found */
+	uint32_t context_entries;                         /* of all kinds, in the metadata's table */
 	uint64_t next_context;
 	struct list
 		host_contexts; /* published, in nobody's use and on the host alone: those left alone longest first */

@@ -241,6 +241,102 @@ static void test_freeze_policy(void **state)
 	assert_int_equal(policy.max_new_tokens, 0);
 }
 
+/* Forks and publishes until there is no entry for one more; nothing of it costs much. */
+static uint32_t take_entries(struct fixture *fixture, struct model *model)
+{
+	uint32_t count = 0;
+	uint64_t child;
+
+	for (;;) {
+		int r = count % 2 ? fixture_publish(fixture, model->handle, count) : 0;
+
+		if (r >= 0 && count % 2 == 0) {
+			assert_int_equal(model_append(model, 16), 0);
+			r = fixture_fork(fixture, model->handle, &child);
+			if (r >= 0)
+				assert_int_equal(fixture_release(fixture, child), 0);
+		}
+		if (r < 0) {
+			assert_int_equal(r, -EUSERS);
+			return count;
+		}
+		model_seal(model);
+		count++;
+	}
+}
+
+/* A tenant cannot take all entries of the table that tenants share, however small its contexts are. */
+static void test_entries_for_others(void **state)
+{
+	struct fixture *first = fixture_new(&(struct fixture_options){.layers = 1, .heads = 1}), *other;
+	uint32_t *free_count = &first->pool->meta->free_context_count;
+	const uint32_t most = *free_count;
+	struct model *model = model_new(first, &plain, SCORES_RANDOM), *second;
+	struct tenant *tenant;
+
+	(void)state;
+	assert_int_equal(tenant_new(first->pool, "other", 8 << 20, &tenant), 0);
+	other = fixture_join(first, tenant, &(struct fixture_options){.layers = 1, .heads = 1});
+	second = model_new(other, &plain, SCORES_RANDOM);
+	*free_count = 8;
+	assert_true(take_entries(first, model) >= 4);
+	assert_int_equal(*free_count, 4);
+	assert_true(take_entries(other, second) >= 2);
+	assert_int_equal(*free_count, 2);
+	model_release(second);
+	model_release(model);
+	fixture_forget_contexts(first, first->tenant);
+	fixture_kill(other);
+	fixture_forget_contexts(first, tenant);
+	while (*free_count < 8) { /* one ends after the other */
+		fixture_acknowledge(first);
+		fixture_turn(first);
+	}
+	assert_int_equal(first->tenant->context_entries, 0);
+	assert_int_equal(tenant->context_entries, 0);
+	*free_count = most;
+	fixture_free(other);
+	(void)tenant_free(tenant);
+	fixture_free(first);
+}
+
+/* Where entries run short, contexts that nobody uses make way for new ones, the oldest first. */
+static void test_unused_ones_make_way(void **state)
+{
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.extent_size = EXTENT, .host_size = 4 << 20});
+	uint32_t *free_count = &fixture->pool->meta->free_context_count;
+	const uint32_t most = *free_count;
+	struct model *used = published(fixture, 64, 0), *model;
+
+	(void)state;
+	*free_count = 31;
+	for (uint32_t i = 1; i <= 60; i++) {
+		model = published(fixture, 64, i);
+		model_release(model);
+		if (i == 4) /* these are on the host */
+			(void)reclaim_begin(fixture->tenant, UINT64_MAX, NULL);
+		while (executor_pending(fixture->executor) || fixture->tenant->reclaiming) {
+			fixture_acknowledge(fixture);
+			fixture_turn(fixture);
+		}
+	}
+	assert_in_range(fixture->tenant->context_entries, 8, 16);
+	assert_int_equal(fixture_find(fixture, 1), 0);
+	assert_int_equal(fixture_find(fixture, 40), 0);
+	assert_true(fixture_find(fixture, 60) != 0);
+	assert_true(fixture_find(fixture, 59) != 0);
+	assert_true(fixture_find(fixture, 0) != 0);
+	model_check(used);
+	model_release(used);
+	fixture_forget_contexts(fixture, fixture->tenant);
+	while (fixture->tenant->context_entries) {
+		fixture_acknowledge(fixture);
+		fixture_turn(fixture);
+	}
+	*free_count = most;
+	fixture_free(fixture);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -249,6 +345,8 @@ int main(void)
 		cmocka_unit_test(test_offload_of_an_attached_one),
 		cmocka_unit_test(test_many_keys),
 		cmocka_unit_test(test_freeze_policy),
+		cmocka_unit_test(test_entries_for_others),
+		cmocka_unit_test(test_unused_ones_make_way),
 	};
 
 	return runner_run("context", tests, sizeof(tests) / sizeof(tests[0]));
