@@ -5,6 +5,7 @@
 
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/evict.h"
+#include "daemon/sequence/keep.h"
 #include "daemon/sequence/recall.h"
 
 struct evict *evict_free(struct evict *evict)
@@ -144,14 +145,19 @@ static uint64_t most_moves(const struct space *space)
 	return space->compute->closes_holes ? UINT64_MAX : space->part.worker->move_cap;
 }
 
-/* Whether a step of that size needs no extents, no blocks of others, and no more moves than the record has room for. */
+/*
+ * Whether a step of that size needs no extents, no blocks of others, no more moves than the record has room for, and
+ * leaves others the extents without blocks that they count on.
+ */
 static bool is_possible(const struct sequence *sequence, const struct evict *evict, const struct step_size *size)
 {
 	const struct space *space = sequence->space;
+	uint32_t others = space->blocks.spare_count - keep_usable(sequence);
+	uint64_t kept = (uint64_t)others * space->arena->blocks_per_extent;
 
-	return size->moves <= most_moves(space) && size->blocks <= evict_free_blocks(space, evict) &&
-	       !blocks_missing(
-		       &space->blocks, &sequence->owner, META_HELD, size->blocks, evict->new_blocks - size->blocks, 0);
+	return size->moves <= most_moves(space) && size->blocks + kept <= evict_free_blocks(space, evict) &&
+	       !blocks_missing(&space->blocks, &sequence->owner, META_HELD, size->blocks,
+		       evict->new_blocks - size->blocks, others);
 }
 
 /* All stripes that are left, where that is possible. */
