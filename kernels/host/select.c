@@ -6,11 +6,12 @@
  * Thresholds are found by radix select. A score's key is its bits mapped to a
  * uint32 of the same order. Three passes look at 11, 11 and 10 bits from the top:
  * each counts the keys by their digit, finds the digit that holds the wanted
- * rank and goes on with the keys that have it.
+ * rank and goes on with the keys that have it. A few keys are sorted.
  */
 #define DIGIT_BITS 11
 #define DIGITS     (1u << DIGIT_BITS)
-#define LANES      2 /* counters of one digit, so that equal neighbours do not wait for each other */
+#define FEW        64u /* keys that are sorted instead: the passes cost as much for one as for a thousand */
+#define LANES      2   /* counters of one digit, so that equal neighbours do not wait for each other */
 
 /* Scratch: the counters, then one key for each score. */
 struct scratch {
@@ -91,12 +92,31 @@ static size_t keep_digit(uint32_t *keys, size_t n, unsigned shift, uint32_t digi
 	return kept;
 }
 
+static struct rank find_rank_of_few(uint32_t *keys, size_t n, size_t rank)
+{
+	size_t greater = rank;
+
+	for (size_t i = 1; i < n; i++) {
+		uint32_t key = keys[i];
+		size_t at = i;
+
+		for (; at > 0 && keys[at - 1] < key; at--)
+			keys[at] = keys[at - 1];
+		keys[at] = key;
+	}
+	while (greater > 0 && keys[greater - 1] == keys[rank])
+		greater--;
+	return (struct rank){keys[rank], greater};
+}
+
 /* The key at position `rank` (< n) of s->keys in descending order. Destroys the keys. */
 static struct rank find_rank(struct scratch *s, size_t n, size_t rank)
 {
 	static const unsigned shifts[] = {21, 10, 0};
 	size_t left = rank;
 
+	if (n <= FEW)
+		return find_rank_of_few(s->keys, n, rank);
 	for (size_t pass = 0; pass < sizeof(shifts) / sizeof(*shifts); pass++) {
 		count_digits(s, s->keys, n, shifts[pass]);
 		n = keep_digit(s->keys, n, shifts[pass], find_digit(s, &left));

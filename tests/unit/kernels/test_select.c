@@ -5,8 +5,10 @@
 #include "tests/unit/kernels/random.h"
 
 #include <float.h>
+#include <inttypes.h>
 #include <math.h>
 #include <string.h>
+#include <time.h>
 
 /* Rows of scores, the result and what it should be; made by fixture_init() from row lengths. */
 struct fixture {
@@ -373,6 +375,49 @@ static void test_prefill_params(void **state)
 	assert_true(ratio == 0.5);
 }
 
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	(void)clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* The least of a few times that the selection of `rows` rows takes. */
+static uint64_t time_of_rows(uint32_t rows, uint32_t length)
+{
+	struct random random = {71};
+	uint32_t *lengths = malloc(rows * sizeof(*lengths));
+	uint64_t best = UINT64_MAX;
+	struct fixture f;
+
+	for (uint32_t row = 0; row < rows; row++)
+		lengths[row] = length;
+	fixture_init(&f, 1, rows, lengths);
+	free(lengths);
+	for (size_t i = 0; i < f.count; i++)
+		f.scores[i] = score_of_kind(&random, UNIFORM);
+	for (unsigned i = 0; i < 5; i++) {
+		uint64_t begun = now_ns(), ns;
+
+		kvg_select_ratio(&f.in, KVG_SELECT_PAIR_HEAD, 0.5, f.keep, f.scratch);
+		ns = now_ns() - begun;
+		best = ns < best ? ns : best;
+	}
+	fixture_deinit(&f);
+	return best;
+}
+
+/* Many small selections (a recall has one for each chunk, however short) cost about as much as one large one. */
+static void test_small_rows(void **state)
+{
+	uint64_t small = time_of_rows(20000, 8), large = time_of_rows(1, 160000);
+
+	(void)state;
+	if (small > 12 * large)
+		fail_msg("20000 rows of 8: %" PRIu64 " ns, one of 160000: %" PRIu64 " ns", small, large);
+}
+
 int main(void)
 {
 	static const struct CMUnitTest tests[] = {
@@ -385,6 +430,7 @@ int main(void)
 		cmocka_unit_test(test_huge),
 		cmocka_unit_test(test_nan_is_harmless),
 		cmocka_unit_test(test_prefill_params),
+		cmocka_unit_test(test_small_rows),
 	};
 
 	return runner_run("kernels/select", tests, sizeof(tests) / sizeof(*tests));
