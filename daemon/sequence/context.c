@@ -488,7 +488,7 @@ void context_begin_anew(struct request *request)
 		op_publish(request);
 }
 
-void context_wake(struct context *context)
+void context_end_waits(struct context *context, void (*then)(struct request *request, void *user), void *user)
 {
 	struct list waiting, *node;
 
@@ -499,8 +499,20 @@ void context_wake(struct context *context)
 		struct request *request = list_entry(node, struct request, node);
 
 		list_remove(&request->context_wait);
-		context_begin_anew(request);
+		if (!atomic_load_explicit(&request->space->dying, memory_order_relaxed))
+			then(request, user);
 	}
+}
+
+static void begin_anew(struct request *request, void *user)
+{
+	(void)user;
+	context_begin_anew(request);
+}
+
+void context_wake(struct context *context)
+{
+	context_end_waits(context, begin_anew, NULL);
 }
 
 static void unlist(struct context *context)

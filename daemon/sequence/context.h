@@ -143,6 +143,9 @@ void context_wait(struct request *request, struct context *context);
 /* Begins such a request from its beginning. */
 void context_begin_anew(struct request *request);
 
+/* Calls then() with each request that waits for it, in order; those of workers that are gone do so no longer. */
+void context_end_waits(struct context *context, void (*then)(struct request *request, void *user), void *user);
+
 /* Those that wait for it go on, from their beginning: it is sealed, on the device, on the host, or gone. */
 void context_wake(struct context *context);
 

@@ -215,23 +215,29 @@ int context_offload(struct context *context)
 
 /* ---- and back ---- */
 
+/* Why a move has failed. */
+struct failure {
+	int status;
+	const char *what;
+};
+
+static void fail_waiting(struct request *request, void *user)
+{
+	const struct failure *failure = user;
+
+	request_fail(request, failure->status, "%s: %s: %s", request->space->tenant->quota.name, failure->what,
+		strerror(-failure->status));
+}
+
 /* It stays on the host, and those that wait fail. */
 static void fail(struct context_move *move, int status, const char *what)
 {
 	struct context *context = move->context;
-	struct list failed, *node;
+	struct failure failure = {.status = status, .what = what};
 
-	list_init(&failed);
-	while ((node = list_pop(&context->waiting)))
-		list_add_tail(&failed, node);
 	context->part.context->blocks = 0;
 	set_residency(context, META_OFFLOADED);
-	while ((node = list_pop(&failed))) {
-		struct request *request = list_entry(node, struct request, node);
-
-		list_remove(&request->context_wait);
-		request_fail(request, status, "%s: %s: %s", context->tenant->quota.name, what, strerror(-status));
-	}
+	context_end_waits(context, fail_waiting, &failure);
 	move_end(move);
 }
 

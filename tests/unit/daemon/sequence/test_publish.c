@@ -277,6 +277,35 @@ static void test_publisher_dies_half_way(void **state)
 	fixture_free(first);
 }
 
+/* One that waits while its worker dies, with work under way still, is not begun anew. */
+static void test_waiter_dies_slowly(void **state)
+{
+	struct fixture *first = fixture_new(NULL), *second = fixture_join(first, NULL, NULL);
+	struct model *a = prompt(first, SCORES_RANDOM), *b = prompt(second, SCORES_ASCENDING);
+	struct kvg_sqe create = {.op = KVG_OP_CREATE, .create = {.context_tokens = 4000}}, sqe;
+	struct call *one, *two, *grow;
+	uint64_t handle;
+
+	(void)state;
+	assert_int_equal(fixture_create(second, &create.create, &handle), 0);
+	one = fixture_start_publish(first, a->handle, 3);
+	two = fixture_start_publish(second, b->handle, 3);
+	sqe = (struct kvg_sqe){.op = KVG_OP_RESERVE, .seq = handle, .reserve.tokens = 4000};
+	grow = fixture_start(second, &sqe);
+	assert_false(one->done || two->done || grow->done);
+	space_kill(second->space);
+	assert_false(second->closed);
+	fixture_wait(first, one); /* and the other's rows would not agree with it */
+	fixture_kill(second);
+	assert_false(two->done || grow->done);
+	model_seal(a);
+	model_check(a);
+	model_release(a);
+	model_free(b);
+	fixture_free(second);
+	fixture_free(first);
+}
+
 static void test_publisher_dies_afterwards(void **state)
 {
 	struct fixture *first = fixture_new(NULL), *second = fixture_join(first, NULL, NULL);
@@ -611,6 +640,7 @@ int main(void)
 		cmocka_unit_test(test_the_same_key_again),
 		cmocka_unit_test(test_two_at_a_time),
 		cmocka_unit_test(test_publisher_dies_half_way),
+		cmocka_unit_test(test_waiter_dies_slowly),
 		cmocka_unit_test(test_publisher_dies_afterwards),
 		cmocka_unit_test(test_attacher_dies),
 		cmocka_unit_test(test_chains),
