@@ -359,7 +359,7 @@ void sequence_drop(struct sequence *sequence)
 		sequence_give_blocks(sequence);
 	if (attached)
 		keep_warm(space, slot);
-	else if (sequence->meta->stripes || sequence->meta->evictions)
+	else if (sequence->meta->stripes || sequence->meta->evictions || sequence->tails)
 		meta_part_forget(space->pool->meta, &space->part, slot);
 	offload_forget(sequence);
 	retain_forget(sequence);

@@ -101,6 +101,36 @@ static void test_fork_of_fresh_tokens(void **state)
 	fixture_free(fixture);
 }
 
+/* A child of tails alone leaves nothing to the next sequence in its slot, resident or offloaded. */
+static void test_slot_after_a_child_of_tails(void **state)
+{
+	struct kvg_policy policy = {.context_tokens = 400, .max_new_tokens = 100};
+	struct fixture *fixture = fixture_new(&(struct fixture_options){.host_size = 1 << 20});
+	struct model *parent = model_new(fixture, &policy, SCORES_RANDOM), *child, *next;
+	uint32_t slot;
+
+	(void)state;
+	assert_int_equal(model_append(parent, 15), 0);
+	for (unsigned i = 0; i < 2; i++) {
+		child = fork_model(parent);
+		slot = (uint32_t)child->handle;
+		if (i)
+			assert_int_equal(
+				fixture_call(fixture, &(struct kvg_sqe){.op = KVG_OP_OFFLOAD, .seq = child->handle}),
+				0);
+		model_release(child);
+		next = model_new(fixture, &policy, SCORES_RANDOM);
+		assert_int_equal((uint32_t)next->handle, slot);
+		assert_int_equal(model_append(next, 40), 0);
+		model_check(next);
+		model_check(parent);
+		model_release(next);
+	}
+	model_release(parent);
+	assert_int_equal(used(fixture), 0);
+	fixture_free(fixture);
+}
+
 /* A fork of a fork of a fork, freed from the middle. */
 static void test_chains(void **state)
 {
@@ -314,6 +344,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_fork_of_an_evicted_prompt),
 		cmocka_unit_test(test_fork_of_fresh_tokens),
+		cmocka_unit_test(test_slot_after_a_child_of_tails),
 		cmocka_unit_test(test_chains),
 		cmocka_unit_test(test_decode_evictions),
 		cmocka_unit_test(test_prefill_evictions),
