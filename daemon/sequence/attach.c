@@ -86,7 +86,8 @@ static void drop_mapping(struct mapping *mapping)
 		mapping->event = space->dropped_event = space->ops->extents_dropped(space->user, slots, count);
 	}
 	list_add_tail(&space->unmapping, &mapping->node);
-	space_return_spare(space);
+	if (!space->closing) /* then its extents are on their way */
+		space_return_spare(space);
 }
 
 void context_unmap(struct context *context)

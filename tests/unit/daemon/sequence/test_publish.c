@@ -469,6 +469,33 @@ static void test_forgotten(void **state)
 	fixture_free(first);
 }
 
+/* The last worker goes with the last sequence of a forgotten context, and with extents that it has just been given. */
+static void test_forgotten_and_the_worker_dies(void **state)
+{
+	struct fixture *first = fixture_new(NULL), *second = fixture_join(first, NULL, NULL);
+	struct model *a = prompt(first, SCORES_RANDOM), *b;
+	struct kvg_policy plain = {.context_tokens = 4000};
+	struct kvg_sqe sqe = {.op = KVG_OP_RESERVE, .reserve.tokens = 4000};
+	uint64_t context = publish(a, 4);
+
+	(void)state;
+	b = attach(second, context, a);
+	model_release(a);
+	assert_int_equal(fixture_create(second, &plain, &sqe.seq), 0);
+	context_forget_all(first->tenant);
+	assert_false(fixture_start(second, &sqe)->done);
+	fixture_kill(second);
+	fixture_audit(first);
+	while (!list_empty(&first->space->unmapping) || executor_pending(first->executor)) {
+		fixture_acknowledge(first);
+		fixture_turn(first);
+	}
+	assert_int_equal(fixture_account(first)->unreturned, 0);
+	model_free(b);
+	fixture_free(second);
+	fixture_free(first);
+}
+
 /* A context that adds nothing to another one has no extents: it ends at once, mapped or not, and so does the other. */
 static void test_without_extents(void **state)
 {
@@ -646,6 +673,7 @@ int main(void)
 		cmocka_unit_test(test_chains),
 		cmocka_unit_test(test_another_tenant),
 		cmocka_unit_test(test_forgotten),
+		cmocka_unit_test(test_forgotten_and_the_worker_dies),
 		cmocka_unit_test(test_without_extents),
 		cmocka_unit_test(test_refusals),
 		cmocka_unit_test(test_generation),
