@@ -351,10 +351,18 @@ static struct size measure(const struct sequence *sequence, const struct context
 	return size;
 }
 
+/* Links that have no full blocks are left out: else one worker could make chains that cost time and no memory. */
+static struct context *full_parent(struct context *context)
+{
+	while (context && !context->part.context->ids)
+		context = context->parent;
+	return context;
+}
+
 static void make(struct request *request)
 {
 	struct sequence *sequence = request->sequence;
-	struct context *parent = context_published(sequence->context);
+	struct context *parent = full_parent(context_published(sequence->context));
 	struct size size = measure(sequence, parent);
 	int r = context_new(request->space, parent, request->sqe.publish.key, sequence->meta->committed_pos, size.full,
 		&request->context);

@@ -520,6 +520,42 @@ static void test_without_extents(void **state)
 	fixture_free(first);
 }
 
+/* A chain has no links without blocks, however often a sequence is published. */
+static void test_published_again_and_again(void **state)
+{
+	static const struct kvg_policy plain = {.context_tokens = 100, .max_new_tokens = 64};
+	struct fixture *first = fixture_new(NULL);
+	struct model *model = model_new(first, &plain, SCORES_RANDOM), *reader;
+	const struct context *root, *last;
+	uint64_t context = 0;
+
+	(void)state;
+	assert_int_equal(model_append(model, 100), 0);
+	root = context_find_id(first->tenant, publish(model, 1));
+	for (uint32_t key = 2; key < 10; key++) {
+		context = publish(model, key);
+		last = context_find_id(first->tenant, context);
+		assert_ptr_equal(last->parent, root);
+		assert_int_equal(last->part.context->ids, 0);
+	}
+	assert_int_equal(root->part.context->refs, 8);
+	reader = attach(first, context, model);
+	model_check(reader);
+	assert_int_equal(model_append(model, 64), 0);
+	context = publish(model, 10);
+	last = context_find_id(first->tenant, context);
+	assert_ptr_equal(last->parent, root);
+	assert_ptr_equal(context_find_id(first->tenant, publish(model, 11))->parent, last);
+	model_check(model);
+	model_check(reader);
+	model_release(reader);
+	reader = attach(first, context, model);
+	model_check(reader);
+	model_release(reader);
+	model_release(model);
+	fixture_free(first);
+}
+
 static void test_refusals(void **state)
 {
 	struct fixture *fixture = fixture_new(&(struct fixture_options){.device_max = 12 * EXTENT, .max_tokens = 1000});
@@ -675,6 +711,7 @@ int main(void)
 		cmocka_unit_test(test_forgotten),
 		cmocka_unit_test(test_forgotten_and_the_worker_dies),
 		cmocka_unit_test(test_without_extents),
+		cmocka_unit_test(test_published_again_and_again),
 		cmocka_unit_test(test_refusals),
 		cmocka_unit_test(test_generation),
 		cmocka_unit_test(test_entries_before_its_end),
