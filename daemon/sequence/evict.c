@@ -517,7 +517,8 @@ static bool is_needed(struct request *request, struct evict *evict)
 		meta->policy.context_tokens; /* positions may be missing from now on: no prefill eviction any more */
 	evict->budget = meta->policy.budget * rows;
 	if (request->share > 0)
-		evict->budget = (uint64_t)ceil(request->share * (double)(meta->committed_pos * rows));
+		evict->budget =
+			(uint64_t)ceil(request->share * (double)((meta->committed_pos - meta->shared_pos) * rows));
 	return meta->pairs + fresh > evict->budget;
 }
 

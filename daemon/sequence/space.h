@@ -78,7 +78,7 @@ struct request {
 	/* NULL: a worker's request, which space_ops.complete() ends. Otherwise the daemon's own, see offload.h. */
 	void (*completed)(struct request *);
 	struct list own_node; /* of the daemon's own: in the space's list */
-	double share; /* EVICT, DECODE, of the daemon's own: of all tokens' pairs, those that stay; 0: the policy's */
+	double share; /* EVICT, DECODE, of the daemon's own: of its own tokens' pairs what stays; 0: the policy's */
 	struct space *space;
 	struct sequence *sequence; /* whose busy flag this request holds, or NULL */
 	struct job job;

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "daemon/sequence/offload.h"
 #include "tests/support/space_model.h"
 #include "tests/support/test_kind.h"
 
@@ -177,6 +178,42 @@ static void test_own_evictions(void **state)
 	model_release(publisher);
 	fixture_free(second);
 	fixture_free(first);
+}
+
+static void stop(struct request *request)
+{
+	const struct fixture *fixture = request->space->user;
+
+	loop_stop(fixture->loop);
+}
+
+/* A share that an operator asks for is one of the sequence's own tokens, not of the context's. */
+static void test_a_share_of_its_own(void **state)
+{
+	static const struct kvg_policy longer = {.context_tokens = 300, .max_new_tokens = 100, .decode_window = 8};
+	struct fixture *fixture = fixture_new(NULL);
+	struct model *publisher = prompt(fixture, SCORES_RANDOM), *reader;
+	struct kvg_policy policy = longer;
+	uint64_t context = publish(publisher, 1), handle = 0;
+	struct request request = {.completed = stop, .share = 0.25};
+
+	(void)state;
+	assert_int_equal(fixture_attach(fixture, context, &longer, &handle), 0);
+	policy.prefix_tokens = publisher->committed;
+	reader = model_attached(fixture, publisher, &policy, handle);
+	assert_int_equal(model_append(reader, 300), 0);
+	assert_int_equal(fixture_call(fixture, &(struct kvg_sqe){.op = KVG_OP_IDLE, .seq = handle}), 0);
+	request.sqe = (struct kvg_sqe){.op = KVG_OP_EVICT, .seq = handle, .evict.mode = KVG_EVICT_DECODE};
+	offload_submit(fixture->space, &request);
+	assert_int_equal(loop_run(fixture->loop), 0);
+	assert_int_equal(request.cqe.status, 0);
+	assert_in_range(request.cqe.value[1], 4 * 225 - 4, 4 * 225 + 4 * 16);
+	request_deinit(&request);
+	assert_int_equal(fixture_release(fixture, handle), 0);
+	model_free(reader);
+	model_check(publisher);
+	model_release(publisher);
+	fixture_free(fixture);
 }
 
 static void test_the_same_key_again(void **state)
@@ -700,6 +737,7 @@ int main(void)
 		cmocka_unit_test(test_attach_in_another_worker),
 		cmocka_unit_test(test_fresh_tokens),
 		cmocka_unit_test(test_own_evictions),
+		cmocka_unit_test(test_a_share_of_its_own),
 		cmocka_unit_test(test_the_same_key_again),
 		cmocka_unit_test(test_two_at_a_time),
 		cmocka_unit_test(test_publisher_dies_half_way),
