@@ -11,6 +11,12 @@
 
 #include "proto/frame.h"
 
+/*
+ * The kernel counts a packet with its bookkeeping, hundreds of bytes; of one that was read it keeps one byte until it
+ * has said that the socket may take more. Whoever is told and looks at once sees that byte, and is not told again.
+ */
+#define PACKET_LEAST 256
+
 struct packet {
 	struct list node;
 	uint8_t *data;
@@ -89,7 +95,7 @@ static int send_now(struct outbox *outbox, const void *data, size_t size, const 
 	int unread = 1, r;
 
 	if (fd_count && outbox->in_flight + fd_count > OUTBOX_IN_FLIGHT) {
-		if (ioctl(outbox->fd, SIOCOUTQ, &unread) < 0 || unread)
+		if (ioctl(outbox->fd, SIOCOUTQ, &unread) < 0 || unread >= PACKET_LEAST)
 			return -EAGAIN;
 		outbox->in_flight = 0;
 	}

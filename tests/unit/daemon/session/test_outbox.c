@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -390,6 +391,62 @@ static void test_watched_while_queued(void **state)
 	(void)loop_free(writable.loop);
 }
 
+#define RACES 3000u
+
+/* A peer on a thread of its own that reads whatever comes. */
+struct reader {
+	int fd;
+	unsigned want, got;
+};
+
+static void *read_all(void *user)
+{
+	struct reader *reader = user;
+	struct pollfd event = {.fd = reader->fd, .events = POLLIN};
+	struct kvg_frame frame;
+
+	while (reader->got < reader->want && poll(&event, 1, 10000) == 1) {
+		while (kvg_frame_receive(reader->fd, KVG_FRAME_MAX, KVG_FRAME_FDS, 0, &frame) == 1) {
+			kvg_frame_deinit(&frame);
+			reader->got++;
+		}
+	}
+	return NULL;
+}
+
+/*
+ * What is queued because too many descriptors are under way goes when the peer has read the others, however its last
+ * read and the look at what is unread meet.
+ */
+static void test_peer_reads_at_any_moment(void **state)
+{
+	struct ends *ends = *state;
+	struct writable writable = {.ends = ends};
+	struct reader reader = {.fd = ends->peer, .want = RACES * 5};
+	int fd = kvg_memfd_new("outbox", 4096);
+	struct loop_timer *late;
+	pthread_t thread;
+
+	assert_int_equal(loop_new(&writable.loop), 0);
+	assert_int_equal(loop_timer_new(writable.loop, on_late, writable.loop, &late), 0);
+	outbox_watch(&ends->outbox, writable.loop, on_writable, &writable);
+	assert_int_equal(pthread_create(&thread, NULL, read_all, &reader), 0);
+	for (unsigned i = 0; i < RACES && ends->outbox.count == 0; i++) {
+		for (unsigned n = 0; n < 5; n++)
+			assert_int_equal(send_copies(ends, fd, KVG_FRAME_FDS), 0);
+		loop_timer_set(late, 2000000000);
+		if (ends->outbox.count)
+			assert_int_equal(loop_run(writable.loop), 0);
+	}
+	assert_int_equal(ends->outbox.count, 0);
+	assert_int_equal(pthread_join(thread, NULL), 0);
+	assert_int_equal(reader.got, reader.want);
+	outbox_unwatch(&ends->outbox);
+	(void)loop_timer_free(late);
+	(void)loop_free(writable.loop);
+	(void)close(fd);
+}
+
 #define WITH_ENDS(test) cmocka_unit_test_setup_teardown(test, ends_setup, ends_teardown)
 
 int main(void)
@@ -406,6 +463,7 @@ int main(void)
 		WITH_ENDS(test_peer_gone),
 		WITH_ENDS(test_peer_gone_with_queue),
 		WITH_ENDS(test_watched_while_queued),
+		WITH_ENDS(test_peer_reads_at_any_moment),
 	};
 
 	return runner_run("daemon/session/outbox", tests, sizeof(tests) / sizeof(tests[0]));
