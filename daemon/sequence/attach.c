@@ -298,7 +298,11 @@ static void copied(struct job *job)
 {
 	struct request *request = list_entry(job, struct request, job);
 
-	if (!space_job_ended(request->space) && !space_job_lost(request))
+	if (space_job_ended(request->space) || space_job_lost(request))
+		return;
+	if (request->copy.done < request->copy.count)
+		compute_submit(request, request->space->compute->copy, copied);
+	else
 		attached(request);
 }
 

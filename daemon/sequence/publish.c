@@ -161,11 +161,16 @@ static void existing_sealed(struct job *job)
 	struct request *request = list_entry(job, struct request, job);
 	struct context *context = request->context;
 
-	request->context = NULL;
 	if (space_job_ended(request->space)) {
+		request->context = NULL;
 		context_let_go(context);
 		return;
 	}
+	if (request->job_status >= 0 && request->copy.done < request->copy.count) {
+		compute_submit(request, request->space->compute->copy, existing_sealed);
+		return;
+	}
+	request->context = NULL;
 	if (!space_job_lost(request))
 		adopted(request, context, true);
 	context_let_go(context);

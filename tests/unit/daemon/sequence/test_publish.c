@@ -116,6 +116,45 @@ static void test_attach_in_another_worker(void **state)
 	fixture_free(first);
 }
 
+/* Whether the row's tail is as selections expect what stays: of no position, with the highest score. */
+static bool is_sealed(const struct fixture *fixture, uint64_t handle, uint32_t row)
+{
+	const struct space *space = fixture->space;
+	const struct meta_place *places =
+		blocks_places(space->arena, space->pool->meta, *meta_held(&space->part, (uint32_t)handle, row));
+
+	return places[0].pos == 0 && places[0].score == 1 && places[3].pos == 0 && places[3].score == 1;
+}
+
+/* So many rows that their tails are copied in several slices. */
+static void test_many_rows(void **state)
+{
+	const struct fixture_options wide = {
+		.layers = 32, .heads = 16, .k_dim = 32, .v_dim = 32, .extent_size = 256 << 10, .pool_size = 128 << 20};
+	struct kvg_policy policy = {.context_tokens = 20};
+	struct fixture *first = fixture_new(&wide), *second = fixture_join(first, NULL, &wide);
+	struct model *publisher = model_new(first, &policy, SCORES_RANDOM), *again, *reader;
+
+	(void)state;
+	first->no_audit = second->no_audit = true;
+	assert_int_equal(model_append(publisher, 20), 0);
+	assert_int_equal(fixture_publish(first, publisher->handle, 5), 0);
+	reader = attach(second, fixture_find(second, 5), publisher);
+	model_check(reader);
+	again = model_new(second, &policy, SCORES_RANDOM);
+	assert_int_equal(model_append(again, 20), 0);
+	assert_int_equal(fixture_publish(second, again->handle, 5), 0);
+	for (uint32_t row = 0; row < again->rows; row++)
+		assert_true(is_sealed(second, again->handle, row));
+	first->no_audit = second->no_audit = false;
+	fixture_audit(second);
+	model_release(reader);
+	model_release(publisher);
+	assert_int_equal(fixture_release(second, again->handle), 0);
+	fixture_free(second);
+	fixture_free(first);
+}
+
 /* Fresh tokens as well, at each length around a block. */
 static void test_fresh_tokens(void **state)
 {
@@ -735,6 +774,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_attach_in_another_worker),
+		cmocka_unit_test(test_many_rows),
 		cmocka_unit_test(test_fresh_tokens),
 		cmocka_unit_test(test_own_evictions),
 		cmocka_unit_test(test_a_share_of_its_own),
