@@ -64,28 +64,49 @@ static uint64_t unused_min(const struct quota *quota)
 	return (pool->committed - commitment(account, 0)) - (quota_use(pool) - quota_use(account));
 }
 
-static int refuse(struct quota *quota, struct quota *full, uint64_t bytes, uint64_t drawn, const char *what,
-	char text[QUOTA_TEXT])
+static void refuse_own(
+	const struct quota *quota, uint64_t bytes, uint64_t drawn, const char *what, char text[QUOTA_TEXT])
 {
-	const struct quota_account *account = full->account;
+	const struct quota_account *account = quota->account;
 	char max[KVG_SIZE_TEXT], use[KVG_SIZE_TEXT], promised[KVG_SIZE_TEXT], need[KVG_SIZE_TEXT];
-	char others[KVG_SIZE_TEXT + 64] = "", unused[KVG_SIZE_TEXT];
 	uint64_t after = account->charged + bytes + (bytes > drawn ? account->promised - drawn : 0);
 
+	(void)snprintf(text, QUOTA_TEXT,
+		"%s: %s budget %s, in use %s, promised %s, %s needs %s: %" PRIu64 " bytes short%s", quota->name,
+		quota->tier, kvg_size_format(account->max, max), kvg_size_format(account->charged, use),
+		kvg_size_format(account->promised, promised), what, kvg_size_format(bytes, need), after - account->max,
+		account->unreturned ? " (some not yet unmapped)" : "");
+}
+
+/* What the tenant itself has is told, too: whoever reads it sees on which side of its min that is. */
+static void refuse_pool(const struct quota *quota, uint64_t rest, const char *what, char text[QUOTA_TEXT])
+{
+	const struct quota_account *account = quota->account, *pool = quota->parent->account;
+	char size[KVG_SIZE_TEXT], charged[KVG_SIZE_TEXT], promised[KVG_SIZE_TEXT], need[KVG_SIZE_TEXT];
+	char use[KVG_SIZE_TEXT], min[KVG_SIZE_TEXT], max[KVG_SIZE_TEXT], unused[KVG_SIZE_TEXT];
+	char others[KVG_SIZE_TEXT + 32] = "";
+
+	if (unused_min(quota))
+		(void)snprintf(
+			others, sizeof(others), "others' unused min %s, ", kvg_size_format(unused_min(quota), unused));
+	(void)snprintf(text, QUOTA_TEXT,
+		"%s: %s pool %s, in use %s, promised %s, %s%s needs %s: %" PRIu64
+		" bytes short; own use %s, min %s, max %s",
+		quota->name, quota->tier, kvg_size_format(pool->max, size), kvg_size_format(pool->charged, charged),
+		kvg_size_format(pool->promised, promised), others, what, kvg_size_format(rest, need),
+		quota_lack_pool(quota, rest), kvg_size_format(quota_use(account), use),
+		kvg_size_format(account->min, min), kvg_size_format(account->max, max));
+}
+
+static int refuse(struct quota *quota, const struct quota *full, uint64_t bytes, uint64_t drawn, const char *what,
+	char text[QUOTA_TEXT])
+{
 	quota->account->refusals++;
 	quota->refused = true;
-	if (full != quota) {
-		after = account->committed + rise(quota->account, bytes - drawn);
-		if (unused_min(quota))
-			(void)snprintf(others, sizeof(others), "other tenants' unused min %s, ",
-				kvg_size_format(unused_min(quota), unused));
-	}
-	(void)snprintf(text, QUOTA_TEXT,
-		"%s: %s %s %s, in use %s, promised %s, %s%s needs %s: %" PRIu64 " bytes short%s", quota->name,
-		quota->tier, full == quota ? "budget" : "pool", kvg_size_format(account->max, max),
-		kvg_size_format(account->charged, use), kvg_size_format(account->promised, promised), others, what,
-		kvg_size_format(bytes, need), after - account->max,
-		account->unreturned ? " (some not yet unmapped)" : "");
+	if (full == quota)
+		refuse_own(quota, bytes, drawn, what, text);
+	else
+		refuse_pool(quota, bytes - drawn, what, text);
 	return -ENOSPC;
 }
 

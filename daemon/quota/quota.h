@@ -62,7 +62,10 @@ static inline uint64_t quota_high(const struct quota_account *account)
 uint64_t quota_lack(const struct quota *quota, uint64_t bytes);
 uint64_t quota_lack_pool(const struct quota *quota, uint64_t bytes);
 
-/* Promises bytes. 0, or -ENOSPC with text: who, budget, use, need (`what` needs it), and how many bytes are missing. */
+/*
+ * Promises bytes. 0, or -ENOSPC with text: who, budget, use, need (`what` needs it), and how many bytes are missing;
+ * when it is the pool that lacks them, also the tenant's own use, min and max. The need is what is not promised yet.
+ */
 int quota_promise(struct quota *quota, uint64_t bytes, const char *what, char text[QUOTA_TEXT]);
 void quota_unpromise(struct quota *quota, uint64_t bytes);
 

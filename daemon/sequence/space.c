@@ -703,7 +703,7 @@ bool space_wait_memory(struct request *request, uint64_t bytes, void (*again)(st
 		return true;
 	}
 	if (tenant->reclaim)
-		reclaim_explain(tenant, request->text + used, sizeof(request->text) - used);
+		reclaim_explain(tenant, bytes, request->text + used, sizeof(request->text) - used);
 	return false;
 }
 

@@ -113,7 +113,7 @@ static void explain(const struct tenant *tenant, char *text, size_t size)
 	text[0] = '\0';
 	if (!is_within(account)) {
 		n = snprintf(text, size, "%s above device.%s", kvg_size_format(above, more), over ? "max" : "high");
-		reclaim_explain(tenant, text + n, size - (size_t)n);
+		reclaim_explain(tenant, account->max, text + n, size - (size_t)n);
 	} else if (host->charged > host->max) {
 		(void)snprintf(text, size, "%s above host.max; what is there stays until it is recalled or freed",
 			kvg_size_format(host->charged - host->max, more));

@@ -8,6 +8,11 @@
 
 #define TRIES 8u /* of what the host has no room for, at a time */
 
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
 static uint64_t more_than(uint64_t a, uint64_t b)
 {
 	return a > b ? a - b : 0;
@@ -386,22 +391,53 @@ void reclaim_deinit(struct reclaim *reclaim)
 	reclaim->timer = loop_timer_free(reclaim->timer);
 }
 
-void reclaim_explain(const struct tenant *tenant, char *text, size_t size)
+static void add_size(char *text, size_t size, size_t *used, const char *format, uint64_t bytes)
+{
+	char value[KVG_SIZE_TEXT];
+
+	if (bytes && *used < size)
+		*used += (size_t)snprintf(text + *used, size - *used, format, kvg_size_format(bytes, value));
+}
+
+/* What would come back of all tenants for one of them: its own, and what the others have above their min. */
+static void explain_pool(const struct tenant *tenant, char *text, size_t size)
+{
+	const struct reclaim *reclaim = tenant->reclaim;
+	uint64_t idle = 0, unreturned = 0;
+	bool no_room = false;
+	size_t used = 0;
+
+	for (size_t i = 0; i < *reclaim->tenant_count; i++) {
+		const struct tenant *other = reclaim->tenants[i];
+		uint64_t limit = other == tenant ? UINT64_MAX : above_min(other);
+
+		idle += min_u64(other->offered, limit);
+		unreturned += min_u64(other->quota.account->unreturned, limit);
+		no_room |= other->offered && other->no_room;
+	}
+	add_size(text, size, &used, "; idle %s", idle);
+	if (no_room && used < size)
+		used += (size_t)snprintf(text + used, size - used, " (no room for it on the host)");
+	add_size(text, size, &used, idle ? ", not yet unmapped %s" : "; not yet unmapped %s", unreturned);
+}
+
+void reclaim_explain(const struct tenant *tenant, uint64_t bytes, char *text, size_t size)
 {
 	const struct quota_account *account = tenant->quota.account;
-	uint64_t aside = tenant->offered + account->unreturned;
-	char offered[KVG_SIZE_TEXT], unreturned[KVG_SIZE_TEXT], used[KVG_SIZE_TEXT];
-	int n;
+	char in_use[KVG_SIZE_TEXT];
+	size_t used = 0;
 
 	text[0] = '\0';
+	if (!quota_lack(&tenant->quota, bytes) && tenant->reclaim) {
+		explain_pool(tenant, text, size);
+		return;
+	}
 	if (!account->charged)
 		return;
-	n = snprintf(text, size, "; in use %s", kvg_size_format(more_than(account->charged, aside), used));
-
-	if (tenant->offered && n > 0 && (size_t)n < size)
-		n += snprintf(text + n, size - (size_t)n, ", idle %s%s", kvg_size_format(tenant->offered, offered),
-			tenant->no_room ? " (no room for it on the host)" : "");
-	if (account->unreturned && n > 0 && (size_t)n < size)
-		(void)snprintf(text + n, size - (size_t)n, ", not yet unmapped %s",
-			kvg_size_format(account->unreturned, unreturned));
+	used = (size_t)snprintf(text, size, "; in use %s",
+		kvg_size_format(more_than(account->charged, tenant->offered + account->unreturned), in_use));
+	add_size(text, size, &used, ", idle %s", tenant->offered);
+	if (tenant->offered && tenant->no_room && used < size)
+		used += (size_t)snprintf(text + used, size - used, " (no room for it on the host)");
+	add_size(text, size, &used, ", not yet unmapped %s", account->unreturned);
 }

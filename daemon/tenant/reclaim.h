@@ -106,10 +106,11 @@ void reclaim_wake(struct tenant *tenant);
 void reclaim_check(struct tenant *tenant);
 
 /*
- * What would free memory of the tenant, for a refusal: "; in use 90.0 MiB, idle 24.0 MiB (no room for it on the host),
- * not yet unmapped 1.0 MiB". Idle is what is on offer, published contexts too. Nothing where nothing is charged.
- * size: of text.
+ * What would free memory, for the refusal of `bytes` more: "; in use 90.0 MiB, idle 24.0 MiB (no room for it on the
+ * host), not yet unmapped 1.0 MiB" of the tenant. Idle is what is on offer, published contexts too. Nothing where
+ * nothing is charged. When it is the pool that lacks them: what is idle and not yet unmapped of all tenants, of others
+ * at most what they have above their min. size: of text.
  */
-void reclaim_explain(const struct tenant *tenant, char *text, size_t size);
+void reclaim_explain(const struct tenant *tenant, uint64_t bytes, char *text, size_t size);
 
 #endif

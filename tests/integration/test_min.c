@@ -94,7 +94,7 @@ static void test_min_exists_from_the_start_and_holds_against_a_greedy_neighbour(
 	assert_int_equal(reserve_until_refused(s.chat, greedy.id, &r), 16); /* all but the min, to the last extent */
 	assert_int_equal(r, -ENOSPC);
 	assert_names(kvg_error(s.chat), "device pool 8.0 MiB");
-	assert_names(kvg_error(s.chat), "other tenants' unused min 4.0 MiB");
+	assert_names(kvg_error(s.chat), "others' unused min 4.0 MiB");
 	assert_int_equal(fixture_physical(&s.fixture), 8 * MIB);
 
 	assert_int_equal(create_stripes(&s, s.search, &kv, 16), 0);

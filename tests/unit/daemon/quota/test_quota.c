@@ -58,7 +58,8 @@ static void test_pool_is_a_limit(void **state)
 	assert_int_equal(quota_promise(&books.tenant[1], 400, "x", books.text), 0);
 	assert_int_equal(quota_charge(&books.tenant[1], 1, 0, "reserve", books.text), -ENOSPC);
 	assert_string_equal(books.text,
-		"tenant b: device pool 1000 B, in use 600 B, promised 400 B, reserve needs 1 B: 1 bytes short");
+		"tenant b: device pool 1000 B, in use 600 B, promised 400 B, reserve needs 1 B: 1 bytes short; own use "
+		"400 B, min 0 B, max 800 B");
 	assert_int_equal(books.account[1].charged, 0);
 	assert_int_equal(quota_charge(&books.tenant[1], 400, 400, "x", books.text), 0);
 	assert_int_equal(books.pool_account.charged, 1000);
@@ -164,8 +165,8 @@ static void test_min_holds_against_a_greedy_neighbour(void **state)
 	assert_int_equal(books.pool_account.committed, 300);
 	assert_int_equal(quota_charge(&books.tenant[1], 701, 0, "reserve", books.text), -ENOSPC);
 	assert_string_equal(books.text,
-		"tenant b: device pool 1000 B, in use 0 B, promised 0 B, other tenants' unused min 300 B, reserve "
-		"needs 701 B: 1 bytes short");
+		"tenant b: device pool 1000 B, in use 0 B, promised 0 B, others' unused min 300 B, reserve needs 701 "
+		"B: 1 bytes short; own use 0 B, min 0 B, max 1000 B");
 	assert_int_equal(quota_charge(&books.tenant[1], 400, 0, "x", books.text), 0);
 	assert_int_equal(quota_promise(&books.tenant[1], 300, "x", books.text), 0);
 	assert_int_equal(quota_promise(&books.tenant[1], 1, "x", books.text), -ENOSPC);
@@ -173,7 +174,7 @@ static void test_min_holds_against_a_greedy_neighbour(void **state)
 	assert_int_equal(quota_promise(&books.tenant[0], 100, "x", books.text), 0);
 	assert_int_equal(quota_charge(&books.tenant[0], 150, 50, "x", books.text), 0);
 	assert_int_equal(quota_promise(&books.tenant[1], 1, "x", books.text), -ENOSPC);
-	assert_non_null(strstr(books.text, "other tenants' unused min 100 B"));
+	assert_non_null(strstr(books.text, "others' unused min 100 B"));
 	assert_int_equal(quota_charge(&books.tenant[0], 100, 0, "x", books.text), 0);
 	assert_int_equal(books.account[0].charged + books.account[0].promised, 300);
 	assert_int_equal(quota_charge(&books.tenant[0], 1, 0, "x", books.text), -ENOSPC);

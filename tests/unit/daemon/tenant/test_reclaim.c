@@ -210,7 +210,7 @@ static void test_nothing_on_its_way_is_a_refusal_at_once(void **state)
 	ask(&scene, 0, 1, &waiter);
 	assert_true(waiter.refused);
 	scene.text[0] = '\0';
-	reclaim_explain(scene.tenants[0], scene.text, sizeof(scene.text));
+	reclaim_explain(scene.tenants[0], UNIT, scene.text, sizeof(scene.text));
 	assert_string_equal(scene.text, "; in use 384.0 KiB, idle 256.0 KiB (no room for it on the host)");
 	assert_false(list_empty(&stuck.reclaimable.node));
 	reclaim_withdraw(&stuck.reclaimable);
@@ -237,8 +237,16 @@ static void test_what_can_never_fit_takes_nothing(void **state)
 	ask(&scene, 0, 9, &waiter); /* the other's min leaves 8 of the pool */
 	assert_true(waiter.refused);
 	assert_int_equal(begun, 0);
-	reclaim_explain(scene.tenants[0], scene.text, sizeof(scene.text));
+	reclaim_explain(scene.tenants[0], 11 * UNIT, scene.text, sizeof(scene.text));
 	assert_string_equal(scene.text, "; in use 0 B, idle 256.0 KiB"); /* the host has not been asked */
+	reclaim_explain(scene.tenants[0], 6 * UNIT, scene.text, sizeof(scene.text));
+	assert_string_equal(scene.text, "; idle 384.0 KiB"); /* the pool's: the other's two units are above its min */
+	assert_int_equal(quota_set(&scene.tenants[1]->quota, 9 * UNIT, 0, 10 * UNIT, scene.text), 0);
+	quota_unreturned_add(&scene.tenants[1]->quota, 3 * UNIT);
+	reclaim_explain(scene.tenants[0], 6 * UNIT, scene.text, sizeof(scene.text));
+	assert_string_equal(scene.text, "; idle 320.0 KiB, not yet unmapped 64.0 KiB");
+	quota_unreturned_sub(&scene.tenants[1]->quota, 3 * UNIT);
+	assert_int_equal(quota_set(&scene.tenants[1]->quota, 8 * UNIT, 0, 10 * UNIT, scene.text), 0);
 	ask(&scene, 0, 8, &waiter);
 	assert_false(waiter.refused);
 	end_thing(&scene, &own);
