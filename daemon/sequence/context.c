@@ -444,6 +444,7 @@ static void left(struct context *context)
 	} else if (context->part.context->residency == META_OFFLOADED) {
 		if (list_empty(&context->host_node))
 			list_add_tail(&context->tenant->host_contexts, &context->host_node);
+		reclaim_host_check(context->tenant);
 	} else if (list_empty(&context->offer.node)) {
 		context->offer.bytes = context_bytes(context);
 		context->offer.begin = begin_reclaim;

@@ -180,6 +180,9 @@ bool context_is_here(struct request *request, struct context *context);
  */
 void context_make_host_room(struct tenant *tenant, uint64_t bytes, bool partly);
 
+/* Forgets contexts that are there and that nobody uses, oldest first, while the tenant has more than `most` there. */
+void context_forget_host(struct tenant *tenant, uint64_t most);
+
 /* ---- attach.c: sequences and mappings ---- */
 
 /*

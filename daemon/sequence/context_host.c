@@ -117,6 +117,14 @@ void context_make_host_room(struct tenant *tenant, uint64_t bytes, bool partly)
 		context_forget(list_entry(all->next, struct context, host_node));
 }
 
+void context_forget_host(struct tenant *tenant, uint64_t most)
+{
+	struct list *all = &tenant->host_contexts;
+
+	while (!list_empty(all) && tenant->host.account->charged > most)
+		context_forget(list_entry(all->next, struct context, host_node));
+}
+
 static int take_image(const struct context *context)
 {
 	struct meta_context *meta = context->part.context;

@@ -13,7 +13,8 @@
  * under way are waited for, then frames go back as extents do.
  *
  * Besides a worker's requests there are the daemon's own (reclaiming, administration): they carry `completed`, wait
- * their turn like others, work on idle and offloaded sequences only, and do not end idleness.
+ * their turn like others, work on idle and offloaded sequences only, and do not end idleness. One with the operation
+ * QUERY waits for its turn at any sequence; what it does then is in `act`.
  */
 #ifndef KVG_OFFLOAD_H
 #define KVG_OFFLOAD_H

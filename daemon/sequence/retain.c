@@ -35,8 +35,9 @@ void retain_form_init(struct retain_form *form, const struct kvg_group *group, s
 
 /* ---- what stays ---- */
 
-/* keep[] of the old pairs, then of the new ones: the `capacity` best. 0 or -ENOMEM. */
-static int choose_best(const struct retain *retain, const float *scores, uint64_t new_count, uint8_t *keep)
+/* keep[] of the old pairs, then of the new ones: the `count` best. 0 or -ENOMEM. */
+static int choose_best(
+	const struct retain *retain, const float *scores, uint64_t new_count, uint64_t count, uint8_t *keep)
 {
 	size_t n = retain->count + new_count, offset[2] = {0, n};
 	size_t bytes = (kvg_select_scratch(n, 1) + 127) / 64 * 64;
@@ -47,9 +48,11 @@ static int choose_best(const struct retain *retain, const float *scores, uint64_
 	if (all && scratch) {
 		for (uint64_t i = 0; i < retain->count; i++)
 			all[i] = retain_entry(retain, i)->score;
-		memcpy(all + retain->count, scores, new_count * sizeof(float));
+		if (new_count)
+			memcpy(all + retain->count, scores, new_count * sizeof(float));
 		memset(keep, 0, n);
-		kvg_select_floor(&in, (uint32_t)retain_capacity(retain), keep, scratch);
+		if (count)
+			kvg_select_floor(&in, (uint32_t)count, keep, scratch);
 	}
 	free(scratch);
 	free(all);
@@ -80,7 +83,7 @@ int retain_plan(const struct retain *retain, const float *scores, uint64_t new_c
 	int r = plan.place && keep ? 0 : -ENOMEM;
 
 	if (r >= 0 && retain->count + new_count > retain_capacity(retain))
-		r = choose_best(retain, scores, new_count, keep);
+		r = choose_best(retain, scores, new_count, retain_capacity(retain), keep);
 	else if (r >= 0)
 		memset(keep, 1, retain->count + new_count);
 	if (r >= 0)
@@ -100,6 +103,25 @@ void retain_plan_deinit(struct retain_plan *plan)
 }
 
 /* ---- what goes ---- */
+
+int retain_choose_worst(const struct retain *retain, uint64_t stay, uint64_t **ret, uint64_t *ret_count)
+{
+	uint64_t *chosen = malloc((retain->count + 1) * sizeof(uint64_t)), n = 0;
+	uint8_t *keep = malloc(retain->count + 1);
+	int r = chosen && keep ? choose_best(retain, NULL, 0, stay, keep) : -ENOMEM;
+
+	for (uint64_t i = 0; r >= 0 && i < retain->count; i++)
+		if (!keep[i])
+			chosen[n++] = i;
+	free(keep);
+	if (r < 0) {
+		free(chosen);
+		return r;
+	}
+	*ret = chosen;
+	*ret_count = n;
+	return 0;
+}
 
 static void move_pair(const struct retain *retain, uint64_t from, uint64_t to)
 {

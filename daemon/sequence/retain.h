@@ -16,7 +16,8 @@
  * counted as the maximum or as 1.0 in a decision is not written down.
  *
  * A store is a cache of what nobody reads. The jobs of an eviction and of a recall change it in place: a successor of
- * the daemon forgets the store of a sequence whose phase is not META_PHASE_NONE.
+ * the daemon forgets the store of a sequence whose phase is not META_PHASE_NONE. While one is trimmed, retained_bytes
+ * is 0.
  */
 #ifndef KVG_RETAIN_H
 #define KVG_RETAIN_H
@@ -127,10 +128,19 @@ void retain_settle(struct sequence *sequence);
 /* Gives the store up, with all frames. */
 void retain_forget(struct sequence *sequence);
 
+/*
+ * Makes the store smaller by that many frames, or by all that it has when its turn comes: the lowest scores go. They
+ * are the tenant's `trims` until then; reclaim_wake() follows.
+ */
+void retain_trim(struct sequence *sequence, uint64_t frames);
+
 /* ---- on the executor ---- */
 
 /* Makes the frames behind the store's pairs ready for use: 0, -EAGAIN: another call is needed, or a negative errno. */
 int retain_open(const struct sequence *sequence);
+
+/* Which pairs are not among the best `stay`, fewer than there are: *ret (to be freed) ascends. 0 or -ENOMEM. */
+int retain_choose_worst(const struct retain *retain, uint64_t stay, uint64_t **ret, uint64_t *ret_count);
 
 /* Takes pairs out: chosen[] ascends. Pairs from the end fill their places; count falls by n. */
 void retain_remove(struct retain *retain, const uint64_t *chosen, uint64_t n);

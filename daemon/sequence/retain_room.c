@@ -1,10 +1,13 @@
-/* Host memory of a store: frames come with evictions, and go with what they held. */
+/* Host memory of a store: frames come with evictions, and go with what they held, or when the budget is lowered. */
 #include <stdlib.h>
 
 #include "daemon/sequence/compute.h"
 #include "daemon/sequence/context.h"
+#include "daemon/sequence/offload.h"
 #include "daemon/sequence/retain.h"
 #include "daemon/tier/host.h"
+
+#define SLICE_BYTES (1u << 20) /* moved before others have their turn */
 
 static uint64_t min_u64(uint64_t a, uint64_t b)
 {
@@ -144,4 +147,92 @@ int retain_open(const struct sequence *sequence)
 	for (uint64_t i = retain->count / retain->form.per_frame; r >= 0 && i < retain->frame_count; i++)
 		r = host_tier_open(sequence->space->pool->tier, retain->frames[i] + 1);
 	return r;
+}
+
+/* ---- a lower budget ---- */
+
+/* A request of the daemon's own that makes a store smaller. */
+struct trim {
+	struct request request;
+	struct tenant *tenant;
+	uint64_t frames;
+	uint64_t *chosen, count; /* pairs that are still to go */
+};
+
+static void trim_choose(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+	struct trim *trim = list_entry(request, struct trim, request);
+	const struct retain *retain = request->sequence->retain;
+	uint64_t stay = (retain->frame_count - trim->frames) * retain->form.per_frame;
+
+	request->job_status = 0;
+	if (retain->count > stay)
+		request->job_status = retain_choose_worst(retain, stay, &trim->chosen, &trim->count);
+}
+
+/* From the last to go on: those before them stay where they are. */
+static bool trim_slice(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+	struct trim *trim = list_entry(request, struct trim, request);
+	struct retain *retain = request->sequence->retain;
+	uint64_t n = min_u64(trim->count, SLICE_BYTES / retain_pair_bytes(&retain->form) + 1);
+
+	if (n)
+		retain_remove(retain, trim->chosen + trim->count - n, n);
+	trim->count -= n;
+	return !trim->count;
+}
+
+static void trimmed(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+
+	if (space_job_ended(request->space))
+		return;
+	retain_settle(request->sequence);
+	request->cqe.status = request->job_status;
+	request_finish(request);
+}
+
+static void trim(struct request *request)
+{
+	struct trim *own = list_entry(request, struct trim, request);
+	const struct retain *retain = request->sequence->retain;
+
+	if (!retain || !retain->frame_count) {
+		request_finish(request);
+		return;
+	}
+	own->frames = min_u64(own->frames, retain->frame_count);
+	request->sequence->meta->retained_bytes = 0;
+	space_submit_job(request, trim_choose, trim_slice, trimmed);
+}
+
+static void trim_over(struct request *request)
+{
+	struct trim *own = list_entry(request, struct trim, request);
+	struct tenant *tenant = own->tenant;
+
+	tenant->trims--;
+	request_deinit(request);
+	free(own->chosen);
+	free(own);
+	reclaim_wake(tenant);
+}
+
+void retain_trim(struct sequence *sequence, uint64_t frames)
+{
+	struct trim *own = calloc(1, sizeof(*own));
+
+	if (!own)
+		return;
+	own->tenant = sequence->space->tenant;
+	own->frames = frames;
+	own->request.sqe = (struct kvg_sqe){.op = KVG_OP_QUERY, .seq = sequence_handle(sequence)};
+	own->request.act = trim;
+	own->request.completed = trim_over;
+	own->tenant->trims++;
+	offload_submit(sequence->space, &own->request);
 }

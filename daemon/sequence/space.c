@@ -447,7 +447,10 @@ static void dispatch(struct request *request)
 
 	if (!offload_allows(request))
 		return;
-	ops[request->sqe.op](request);
+	if (request->act)
+		request->act(request);
+	else
+		ops[request->sqe.op](request);
 }
 
 static void waited(struct request *request)

@@ -77,7 +77,8 @@ struct request {
 	char text[KVG_TEXT_SIZE]; /* why status is negative */
 	/* NULL: a worker's request, which space_ops.complete() ends. Otherwise the daemon's own, see offload.h. */
 	void (*completed)(struct request *);
-	struct list own_node; /* of the daemon's own: in the space's list */
+	void (*act)(struct request *); /* of the daemon's own: does something else than sqe.op (QUERY) */
+	struct list own_node;          /* of the daemon's own: in the space's list */
 	double share; /* EVICT, DECODE, of the daemon's own: of its own tokens' pairs what stays; 0: the policy's */
 	struct space *space;
 	struct sequence *sequence; /* whose busy flag this request holds, or NULL */

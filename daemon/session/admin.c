@@ -59,6 +59,19 @@ void admin_refuse(struct admin_peer *peer, uint64_t id, int status, const char *
 		loop_watch_again(peer->watch);
 }
 
+/* NULL, and the request is answered, when there is none of that name. */
+static struct tenant *named_tenant(struct admin_peer *peer, uint64_t id, const char *name)
+{
+	struct tenant *tenant = server_tenant(peer->admin->server, name);
+	char text[BUDGET_TEXT];
+
+	if (!tenant) {
+		(void)snprintf(text, sizeof(text), "tenant %s: there is no such tenant", name);
+		reply_error(peer, id, -ENOENT, text);
+	}
+	return tenant;
+}
+
 static uint32_t count_sequences(const struct server *server)
 {
 	uint32_t count = 0;
@@ -409,6 +422,48 @@ static void on_contexts(struct admin_peer *peer, uint64_t id)
 	free(pointers);
 }
 
+/* 0, or a negative errno with text: it goes, and nobody misses it. */
+static int may_drop(const struct tenant *tenant, uint64_t id, const struct context *context, char *text, size_t size)
+{
+	if (!context) {
+		(void)snprintf(text, size, "%s: there is no context %" PRIu64, tenant->quota.name, id);
+		return -ENOENT;
+	}
+	if (!context->part.context->refs && !context->holds)
+		return 0;
+	(void)snprintf(text, size, "%s, context %" PRIu64 ": in use: %u sequences are attached to it%s",
+		tenant->quota.name, id, context->attached,
+		context->move        ? ", and it is on its way"
+		: !context->attached ? ", others go on from it or wait for it"
+				     : "");
+	return -EBUSY;
+}
+
+static void on_context_drop(struct admin_peer *peer, uint64_t id, const Kvg__ContextDrop *drop)
+{
+	const struct tenant *tenant = named_tenant(peer, id, drop->tenant);
+	struct context *context = tenant ? context_find_id(tenant, drop->context) : NULL;
+	Kvg__ContextDropped dropped = KVG__CONTEXT_DROPPED__INIT;
+	Kvg__AdminReply reply = KVG__ADMIN_REPLY__INIT;
+	char text[BUDGET_TEXT];
+	int r;
+
+	if (!tenant)
+		return;
+	r = may_drop(tenant, drop->context, context, text, sizeof(text));
+	if (r < 0) {
+		reply_error(peer, id, r, text);
+		return;
+	}
+	dropped.device_bytes = context_bytes(context);
+	dropped.host_bytes = context->part.context->image_bytes;
+	context_forget(context);
+	log_info("%s: context %" PRIu64 " was dropped", tenant->quota.name, drop->context);
+	reply.body_case = KVG__ADMIN_REPLY__BODY_CONTEXT_DROPPED;
+	reply.context_dropped = &dropped;
+	reply_send(peer, &reply, id);
+}
+
 /* ---- sequences ---- */
 
 static size_t fill_sequences(Kvg__Sequence *rows, const struct server *server)
@@ -544,19 +599,6 @@ void admin_send_budget(struct admin_peer *peer, uint64_t id, const struct tenant
 	reply_send(peer, &reply, id);
 }
 
-/* NULL, and the request is answered, when there is none of that name. */
-static struct tenant *named_tenant(struct admin_peer *peer, uint64_t id, const char *name)
-{
-	struct tenant *tenant = server_tenant(peer->admin->server, name);
-	char text[BUDGET_TEXT];
-
-	if (!tenant) {
-		(void)snprintf(text, sizeof(text), "tenant %s: there is no such tenant", name);
-		reply_error(peer, id, -ENOENT, text);
-	}
-	return tenant;
-}
-
 static void on_budget_get(struct admin_peer *peer, uint64_t id, const char *name)
 {
 	const struct tenant *tenant = named_tenant(peer, id, name);
@@ -641,6 +683,9 @@ static void dispatch(struct admin_peer *peer, const Kvg__AdminRequest *request)
 		break;
 	case KVG__ADMIN_REQUEST__BODY_RECLAIM:
 		on_reclaim(peer, request->id, request->reclaim);
+		break;
+	case KVG__ADMIN_REQUEST__BODY_CONTEXT_DROP:
+		on_context_drop(peer, request->id, request->context_drop);
 		break;
 	case KVG__ADMIN_REQUEST__BODY_SEQUENCE_WORK:
 		admin_work(peer, request->id, request->sequence_work);

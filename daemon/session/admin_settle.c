@@ -3,15 +3,18 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "daemon/base/log.h"
 #include "daemon/session/admin_peer.h"
+#include "daemon/session/host_room.h"
 #include "proto/size.h"
 
 struct settle {
 	struct list node;        /* in the admin's list */
 	struct admin_peer *peer; /* NULL: it has gone */
 	uint64_t id;
+	const struct server *server;
 	struct tenant *tenant;
 	struct memory_wait wait;
 	bool (*is_over)(struct settle *settle); /* whether there is nothing to wait for any more */
@@ -52,6 +55,7 @@ static struct settle *settle_new(struct admin_peer *peer, uint64_t id, struct te
 	}
 	settle->peer = peer;
 	settle->id = id;
+	settle->server = peer->admin->server;
 	settle->tenant = tenant;
 	settle->wait.again = asked_again;
 	list_init(&settle->wait.node);
@@ -88,9 +92,8 @@ static bool is_within(const struct quota_account *account)
 	return quota_use(account) <= account->max && account->charged <= quota_high(account);
 }
 
-static bool budget_is_over(struct settle *settle)
+static bool device_is_over(struct tenant *tenant)
 {
-	struct tenant *tenant = settle->tenant;
 	const struct quota_account *account = tenant->quota.account;
 
 	if (is_within(account))
@@ -101,30 +104,50 @@ static bool budget_is_over(struct settle *settle)
 						 : !tenant->reclaiming && !account->unreturned;
 }
 
-/* What is above the new budget, by how much, and why. Empty when nothing is. */
-static void explain(const struct tenant *tenant, char *text, size_t size)
+/* Both are begun at once. */
+static bool budget_is_over(struct settle *settle)
 {
-	const struct quota_account *account = tenant->quota.account, *host = tenant->host.account;
+	host_room_reclaim(settle->server, settle->tenant);
+	return device_is_over(settle->tenant) && !settle->tenant->trims;
+}
+
+/* Which mark the account is above, by how much. Returns the length. */
+static size_t explain_above(const struct quota *quota, char *text, size_t size)
+{
+	const struct quota_account *account = quota->account;
 	bool over = quota_use(account) > account->max;
 	uint64_t above = over ? quota_use(account) - account->max : account->charged - quota_high(account);
 	char more[KVG_SIZE_TEXT];
-	int n = 0;
+
+	return (size_t)snprintf(
+		text, size, "%s above %s.%s", kvg_size_format(above, more), quota->tier, over ? "max" : "high");
+}
+
+/* What is above the new budget, by how much, and why. Empty when nothing is. */
+static void explain(const struct settle *settle, char *text, size_t size)
+{
+	const struct tenant *tenant = settle->tenant;
+	size_t n = 0;
 
 	text[0] = '\0';
-	if (!is_within(account)) {
-		n = snprintf(text, size, "%s above device.%s", kvg_size_format(above, more), over ? "max" : "high");
-		reclaim_explain(tenant, account->max, text + n, size - (size_t)n);
-	} else if (host->charged > host->max) {
-		(void)snprintf(text, size, "%s above host.max; what is there stays until it is recalled or freed",
-			kvg_size_format(host->charged - host->max, more));
+	if (!is_within(tenant->quota.account)) {
+		n = explain_above(&tenant->quota, text, size);
+		reclaim_explain(tenant, tenant->quota.account->max, text + n, size - n);
+		n = strlen(text);
 	}
+	if (is_within(tenant->host.account))
+		return;
+	n += (size_t)snprintf(text + n, size - n, "%s", n ? "; " : "");
+	n += explain_above(&tenant->host, text + n, size - n);
+	n += (size_t)snprintf(text + n, size - n, "; ");
+	host_room_explain(settle->server, tenant, text + n, size - n);
 }
 
 static void answer_budget(struct settle *settle)
 {
 	char standing[KVG_TEXT_SIZE];
 
-	explain(settle->tenant, standing, sizeof(standing));
+	explain(settle, standing, sizeof(standing));
 	if (standing[0])
 		log_warning("%s: %s", settle->tenant->quota.name, standing);
 	admin_send_budget(settle->peer, settle->id, settle->tenant, standing[0] ? standing : NULL);

@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 #include "daemon/base/log.h"
+#include "daemon/session/host_room.h"
 #include "proto/size.h"
 
 static void set_number(const struct worker *worker, uint32_t number)
@@ -113,4 +114,9 @@ static void set_pressure(void *user, struct tenant *tenant, bool on)
 	}
 }
 
-const struct reclaim_ops pressure_ops = {.pressure = set_pressure};
+static void host_excess(void *user, struct tenant *tenant)
+{
+	host_room_reclaim(user, tenant);
+}
+
+const struct reclaim_ops pressure_ops = {.pressure = set_pressure, .host_excess = host_excess};

@@ -203,6 +203,27 @@ void reclaim_check(struct tenant *tenant)
 		press(tenant);
 }
 
+void reclaim_host_check(struct tenant *tenant)
+{
+	if (!tenant->reclaim || tenant->host.account->charged <= quota_high(tenant->host.account))
+		return;
+	tenant->host_grown = true;
+	tenant->reclaim->woken = true;
+}
+
+static void settle_host(const struct reclaim *reclaim)
+{
+	for (size_t i = 0; i < *reclaim->tenant_count; i++) {
+		struct tenant *tenant = reclaim->tenants[i];
+
+		if (!tenant->host_grown)
+			continue;
+		tenant->host_grown = false;
+		if (reclaim->ops->host_excess)
+			reclaim->ops->host_excess(reclaim->user, tenant);
+	}
+}
+
 /* ---- who wants memory ---- */
 
 static bool is_coming(const struct tenant *tenant)
@@ -341,6 +362,7 @@ static bool reclaim_poll(void *user)
 	reclaim->seen_frees = reclaim->pool->quota.frees;
 	if (waited)
 		ask_again(reclaim);
+	settle_host(reclaim);
 	settle_pressure(reclaim);
 	return waited;
 }

@@ -46,6 +46,8 @@ struct memory_wait {
 struct reclaim_ops {
 	/* on: they are to unmap what they were asked to, and to say so; off: no longer. */
 	void (*pressure)(void *user, struct tenant *tenant, bool on);
+	/* It has more on the host than its high: begins to drop what nobody reads. NULL: nothing does. */
+	void (*host_excess)(void *user, struct tenant *tenant);
 };
 
 /* What all tenants of a pool share. */
@@ -104,6 +106,9 @@ void reclaim_wake(struct tenant *tenant);
 
 /* The tenant's charge has grown, or its budget has changed: above high what is on offer goes, soon. */
 void reclaim_check(struct tenant *tenant);
+
+/* The same for the host. */
+void reclaim_host_check(struct tenant *tenant);
 
 /*
  * What would free memory, for the refusal of `bytes` more: "; in use 90.0 MiB, idle 24.0 MiB (no room for it on the

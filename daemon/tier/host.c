@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "daemon/base/pages.h"
+#include "daemon/tenant/reclaim.h"
 #include "proto/frame.h"
 #include "proto/size.h"
 
@@ -169,6 +170,7 @@ int host_tier_take(struct host_tier *tier, struct tenant *tenant, uint32_t count
 	r = quota_charge(&tenant->host, (uint64_t)count * tier->frame_size, 0, what, text);
 	if (r < 0)
 		return r;
+	reclaim_host_check(tenant);
 	assert(count <= tier->free_count); /* the pool's account has as many bytes as there are frames */
 	for (; count > 0; count--) {
 		uint32_t frame = tier->free[--tier->free_count];

@@ -138,6 +138,11 @@ static const struct column reclaim_columns[] = {
 	{"sequences", "sequences", COLUMN_COUNT},
 };
 
+static const struct column drop_columns[] = {
+	{"device_bytes", "of the device", COLUMN_SIZE},
+	{"host_bytes", "of the host", COLUMN_SIZE},
+};
+
 static const struct column evict_columns[] = {
 	{"moved", "pairs dropped", COLUMN_COUNT},
 	{"pairs", "pairs held", COLUMN_COUNT},
@@ -173,6 +178,8 @@ static const struct command commands[] = {
 		LIST("sequences", "no sequences", sequence_columns), 0, false},
 	{"contexts", "", "each published context with what it holds", FORM_NONE, BODY(CONTEXTS, CONTEXTS),
 		LIST("contexts", "no contexts", context_columns), 0, false},
+	{"contexts drop", "TENANT CONTEXT", "forget one that no sequence uses", FORM_CONTEXT,
+		BODY(CONTEXT_DROP, CONTEXT_DROPPED), RECORD(drop_columns), 0, false},
 	{"audit", "", "recount every byte from the extents up; fails on any difference", FORM_NONE, BODY(AUDIT, AUDIT),
 		LIST("rows", "no tenants", audit_columns), 0, false},
 	{"budget get", "TENANT", "a tenant's budget", FORM_TENANT, BODY(BUDGET_GET, BUDGET), RECORD(budget_columns), 0,
@@ -258,6 +265,12 @@ void command_request(
 		ret->body.reclaim.has_bytes = arguments->has_bytes;
 		ret->body.reclaim.bytes = arguments->bytes;
 		ret->message.reclaim = &ret->body.reclaim;
+		break;
+	case KVG__ADMIN_REQUEST__BODY_CONTEXT_DROP:
+		kvg__context_drop__init(&ret->body.context_drop);
+		ret->body.context_drop.tenant = (char *)(uintptr_t)arguments->tenant;
+		ret->body.context_drop.context = arguments->context;
+		ret->message.context_drop = &ret->body.context_drop;
 		break;
 	case KVG__ADMIN_REQUEST__BODY_SEQUENCE_WORK:
 		fill_work(command, arguments, &ret->body.sequence_work);

@@ -22,6 +22,7 @@ enum command_form {
 	FORM_TENANT,
 	FORM_BUDGET,   /* TENANT KEY=SIZE..., each key at most once */
 	FORM_RECLAIM,  /* TENANT [SIZE] */
+	FORM_CONTEXT,  /* TENANT CONTEXT */
 	FORM_SEQUENCE, /* WORKER SEQ */
 	FORM_EVICT,    /* the same [--ratio R] */
 	FORM_RECALL,   /* the same --ratio R | --budget N */
@@ -52,6 +53,7 @@ struct command_arguments {
 	uint64_t budget[COMMAND_BUDGETS]; /* bytes, in the order of command_budget_key() */
 	bool has_bytes, has_ratio, has_tokens;
 	uint64_t bytes;       /* of RECLAIM */
+	uint64_t context;     /* its id */
 	uint64_t worker, seq; /* seq: the handle, EPOCH << 32 | SLOT */
 	double ratio;
 	uint32_t tokens; /* --budget */
@@ -68,6 +70,7 @@ struct command_request {
 		Kvg__BudgetKey budget_key;
 		Kvg__BudgetSet budget_set;
 		Kvg__Reclaim reclaim;
+		Kvg__ContextDrop context_drop;
 		Kvg__SequenceWork sequence_work;
 	} body;
 };

@@ -48,7 +48,7 @@ static void print_help(FILE *out)
 		"KEY is device.min, device.high, device.max, host.min, host.high or host.max; a high of 0 is\n"
 		"none. WORKER and SEQ (EPOCH:SLOT) are as `workers` and `sequences` show them; the sequence\n"
 		"must be one that its worker has released as idle. R is the share of pairs to keep, N the tokens\n"
-		"to keep for each head.\n"
+		"to keep for each head. CONTEXT is the number that `contexts` shows.\n"
 		"SIZE is a number of bytes, or one with K, M, G, T (powers of 1024): 512M, 1.5G.\n"
 		"Exit status: 0 done, 1 failed (for audit also: a difference was found), 2 wrong usage.\n");
 }

@@ -139,6 +139,7 @@ static int parse_arguments(int count, char **words, struct options *options, cha
 		[FORM_TENANT] = {1, 1, "1 arguments"},
 		[FORM_BUDGET] = {2, 1 + COMMAND_BUDGETS, "2 to 7 arguments"},
 		[FORM_RECLAIM] = {1, 2, "1 or 2 arguments"},
+		[FORM_CONTEXT] = {2, 2, "2 arguments"},
 		[FORM_SEQUENCE] = {2, 2, "2 arguments"},
 		[FORM_EVICT] = {2, 2, "2 arguments"},
 		[FORM_RECALL] = {2, 2, "2 arguments"},
@@ -155,6 +156,9 @@ static int parse_arguments(int count, char **words, struct options *options, cha
 		arguments->tenant = words[0];
 	for (int i = 1; form == FORM_BUDGET && r >= 0 && i < count; i++)
 		r = parse_budget(words[i], arguments, text);
+	if (form == FORM_CONTEXT &&
+		!parse_number(words[1], words[1] + strlen(words[1]), UINT64_MAX, &arguments->context))
+		return usage(text, "context '%.64s': not a number", words[1]);
 	arguments->has_bytes = form == FORM_RECLAIM && count == 2;
 	if (arguments->has_bytes)
 		r = parse_size("", words[1], &arguments->bytes, text);
@@ -167,10 +171,13 @@ static int parse_command(int count, char **words, struct options *options, char 
 	const struct command *table = command_table(&table_count), *found = NULL;
 	int used = 0;
 
-	for (size_t i = 0; i < table_count && !found; i++) {
-		used = match_name(table[i].name, count, words);
-		if (used > 0)
-			found = &table[i];
+	for (size_t i = 0; i < table_count; i++) {
+		int n = match_name(table[i].name, count, words);
+
+		if (n <= used)
+			continue;
+		used = n; /* "contexts drop" is more than "contexts" */
+		found = &table[i];
 	}
 	if (count == 0)
 		return usage(text, "no command");

@@ -103,6 +103,82 @@ static void test_frames_go_with_their_sequence(void **state)
 	fixture_free(fixture);
 }
 
+static void trim(const struct model *model, uint64_t frames)
+{
+	struct fixture *fixture = model->fixture;
+
+	retain_trim(fixture->space->sequences[(uint32_t)model->handle], frames);
+	while (fixture->tenant->trims)
+		fixture_turn(fixture);
+	recall_check_store(model);
+	fixture_audit(fixture);
+}
+
+/* So many frames less, and the best scores stay, whatever the sequence's state; what is left comes back. */
+static void test_a_trim_leaves_the_best(void **state)
+{
+	struct fixture *fixture = fixture_new(
+		&(struct fixture_options){.host_size = RECALL_HOST, .k_dim = 64, .v_dim = 64, .k_dtype = KVG_F32});
+	struct model *model = recall_read_prompt(fixture, &recall_policy, 0.1, SCORES_RANDOM, false);
+	const struct kvg_sqe offload = {.op = KVG_OP_OFFLOAD, .seq = model->handle};
+	const struct kvg_sqe restore = {.op = KVG_OP_RESTORE, .seq = model->handle};
+	uint64_t frames = recall_store(model)->frame_count, each = recall_store(model)->form.per_frame;
+
+	(void)state;
+	assert_true(frames >= 5);
+	trim(model, 2);
+	assert_int_equal(recall_store(model)->frame_count, frames - 2);
+	check_best(model, (frames - 2) * each);
+	assert_int_equal(fixture_call(fixture, &offload), 0);
+	trim(model, 1);
+	check_best(model, (frames - 3) * each);
+	assert_int_equal(fixture_call(fixture, &restore), 0);
+	model_check(model);
+	trim(model, frames);
+	assert_int_equal(recall_store(model)->frame_count, 0);
+	trim(model, 1); /* there is nothing */
+	assert_int_equal(fixture->tenant->host.account->charged, 0);
+	assert_int_equal(recall_ratio(model, 0.9), 0);
+	assert_int_equal(fixture->cqe.value[1], 0);
+	model_check(model);
+	model_release(model);
+	fixture_free(fixture);
+}
+
+/* It waits for the entry under way, and the one behind it for the trim; the worker dies amid one. */
+static void test_trims_take_turns_with_entries(void **state)
+{
+	struct fixture *fixture = fixture_new(
+		&(struct fixture_options){.host_size = RECALL_HOST, .k_dim = 64, .v_dim = 64, .k_dtype = KVG_F32});
+	struct model *model = recall_read_prompt(fixture, &recall_policy, 0.1, SCORES_RANDOM, false);
+	struct kvg_sqe sqe = {.op = KVG_OP_RECALL, .seq = model->handle, .recall.ratio = 0.2};
+	struct sequence *sequence = fixture->space->sequences[(uint32_t)model->handle];
+	uint64_t before = recall_retained(model), came;
+	const struct call *first, *second;
+
+	(void)state;
+	sqe.generation = fixture_generation(fixture, model->handle);
+	first = fixture_start(fixture, &sqe);
+	retain_trim(sequence, 1);
+	sqe = (struct kvg_sqe){.op = KVG_OP_QUERY, .seq = model->handle};
+	second = fixture_start(fixture, &sqe);
+	assert_int_equal(fixture->tenant->trims, 1);
+	fixture_wait(fixture, first);
+	came = first->request.cqe.value[1];
+	assert_true(came > 0);
+	fixture_wait(fixture, second);
+	assert_int_equal(fixture->tenant->trims, 0);
+	assert_true(recall_retained(model) < before - came);
+	fixture_audit(fixture);
+	retain_trim(sequence, 1);
+	retain_trim(sequence, 1);
+	model_free(model);
+	fixture_kill(fixture);
+	assert_int_equal(fixture->tenant->trims, 0);
+	assert_int_equal(fixture->tenant->host.account->charged, 0);
+	fixture_free(fixture);
+}
+
 /* A fork seals what is held, and so does a publication: nothing of before can come back, and the host has it no more.
  */
 static void test_sealed_sequences_retain_nothing(void **state)
@@ -149,6 +225,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_little_host_memory),
 		cmocka_unit_test(test_frames_go_with_their_sequence),
+		cmocka_unit_test(test_a_trim_leaves_the_best),
+		cmocka_unit_test(test_trims_take_turns_with_entries),
 		cmocka_unit_test(test_sealed_sequences_retain_nothing),
 		cmocka_unit_test(test_without_a_tier),
 	};

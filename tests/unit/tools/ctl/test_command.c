@@ -43,7 +43,8 @@ static void test_requests(void **state)
 		.has_ratio = true,
 		.ratio = 0.5,
 		.has_bytes = true,
-		.bytes = 10};
+		.bytes = 10,
+		.context = 11};
 	size_t count;
 	const struct command *table = command_table(&count);
 	Kvg__AdminRequest *request;
@@ -73,6 +74,10 @@ static void test_requests(void **state)
 	assert_string_equal(request->reclaim->tenant, "search");
 	assert_true(request->reclaim->has_bytes);
 	assert_int_equal(request->reclaim->bytes, 10);
+	kvg__admin_request__free_unpacked(request, NULL);
+	request = request_sent("contexts drop", &arguments);
+	assert_string_equal(request->context_drop->tenant, "search");
+	assert_int_equal(request->context_drop->context, 11);
 	kvg__admin_request__free_unpacked(request, NULL);
 	request = request_sent("recall", &arguments);
 	assert_int_equal(request->sequence_work->what, KVG__SEQUENCE_WORK__WHAT__RECALL);
@@ -147,6 +152,7 @@ static void test_every_table(void **state)
 	Kvg__ContextList context_list = KVG__CONTEXT_LIST__INIT;
 	Kvg__SequenceDone done = KVG__SEQUENCE_DONE__INIT;
 	Kvg__Reclaimed reclaimed = KVG__RECLAIMED__INIT;
+	Kvg__ContextDropped dropped = KVG__CONTEXT_DROPPED__INIT;
 	uint8_t key[32] = {0xde, 0xad, 0, 1, 2, 3, 4, 0xff, 0x77};
 
 	(void)state;
@@ -206,6 +212,8 @@ static void test_every_table(void **state)
 	assert_printed("restore", &done.base, (const char *const[]){"moved      2.0 KiB\n", NULL});
 	reclaimed.device_bytes = 3 << 20;
 	assert_printed("reclaim", &reclaimed.base, (const char *const[]){"given back  3.0 MiB\n", NULL});
+	dropped.host_bytes = 3 << 20;
+	assert_printed("contexts drop", &dropped.base, (const char *const[]){"of the host   3.0 MiB\n", NULL});
 }
 
 static void test_empty_lists(void **state)

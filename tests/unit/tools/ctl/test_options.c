@@ -54,9 +54,9 @@ static void test_options_stand_anywhere(void **state)
 
 static void test_every_command(void **state)
 {
-	static const char *const lines[] = {"status", "tenants", "workers", "sequences", "contexts", "audit",
-		"budget get a", "budget set a device.max=1", "budget reset a", "reclaim a", "evict 1 2:3",
-		"recall 1 2:3 --ratio 1", "offload 1 2:3", "restore 1 2:3"};
+	static const char *const lines[] = {"status", "tenants", "workers", "sequences", "contexts",
+		"contexts drop a 7", "audit", "budget get a", "budget set a device.max=1", "budget reset a",
+		"reclaim a", "evict 1 2:3", "recall 1 2:3 --ratio 1", "offload 1 2:3", "restore 1 2:3"};
 	size_t count;
 
 	(void)state;
@@ -97,6 +97,20 @@ static void test_reclaim(void **state)
 	assert_int_equal(parse(some, &options, text), 0);
 	assert_true(options.arguments.has_bytes);
 	assert_int_equal(options.arguments.bytes, 1536);
+}
+
+static void test_context(void **state)
+{
+	char drop[] = "contexts drop a 18446744073709551615", list[] = "contexts", text[OPTIONS_TEXT];
+	struct options options;
+
+	(void)state;
+	assert_int_equal(parse(drop, &options, text), 0);
+	assert_string_equal(options.command->name, "contexts drop");
+	assert_string_equal(options.arguments.tenant, "a");
+	assert_true(options.arguments.context == UINT64_MAX);
+	assert_int_equal(parse(list, &options, text), 0);
+	assert_string_equal(options.command->name, "contexts");
 }
 
 static void test_sequence_work(void **state)
@@ -154,6 +168,9 @@ static void test_refusals(void **state)
 		{"budget reset", "budget reset: takes 1 arguments, got 0"},
 		{"reclaim", "reclaim: takes 1 or 2 arguments, got 0"},
 		{"reclaim a all", "'all': not a size such as 512M, 1.5G or 1073741824"},
+		{"contexts drop a", "contexts drop: takes 2 arguments, got 1"},
+		{"contexts drop a 0x7", "context '0x7': not a number"},
+		{"contexts a", "contexts: takes 0 arguments, got 1"},
 		{"evict 1", "evict: takes 2 arguments, got 1"},
 		{"evict one 2:3", "worker 'one': not a number"},
 		{"evict 18446744073709551616 2:3", "worker '18446744073709551616': not a number"},
@@ -199,6 +216,7 @@ int main(void)
 		cmocka_unit_test(test_every_command),
 		cmocka_unit_test(test_several_budgets),
 		cmocka_unit_test(test_reclaim),
+		cmocka_unit_test(test_context),
 		cmocka_unit_test(test_sequence_work),
 		cmocka_unit_test(test_help_needs_no_command),
 		cmocka_unit_test(test_refusals),
