@@ -328,6 +328,9 @@ static void end_published(struct context *context)
 		return;
 	}
 	ask_back(&context->blocks.extents);
+	if (context->reclaimed) /* from now on it is unreturned */
+		reclaim_progress(context->tenant, context->offer.bytes);
+	context->reclaimed = false;
 	context_unmap(context);
 }
 

@@ -112,7 +112,7 @@ void context_forget(struct context *context);
 
 /*
  * What takes the extents and mappings of a context that has an image, and ends when they are gone: with
- * reclaim_progress(). NULL: no memory, or too many contexts.
+ * reclaim_progress(), or with that as soon as they are unreturned. NULL: no memory, or too many contexts.
  */
 struct context *context_shell_new(struct context *context);
 struct context *context_shell_free(struct context *shell); /* nothing was given to it */
@@ -162,8 +162,8 @@ int context_add_extents(struct context *context, struct extent_batch *batch);
 /* ---- context_host.c: to the host and back ---- */
 
 /*
- * Starts to send a context that nobody uses to the host; reclaim_progress() comes when its device memory is back. A
- * negative errno: it cannot go there.
+ * Starts to send a context that nobody uses to the host; reclaim_progress() comes when its device memory is back, or
+ * unreturned. A negative errno: it cannot go there.
  */
 int context_offload(struct context *context);
 

@@ -426,6 +426,26 @@ static void op_unmapped(struct request *request)
 	extent_batch_destroy(batch);
 }
 
+/* What takes memory anew comes after the tenant's requests that wait for some; sequences at work go on. */
+static bool takes_anew(const struct request *request)
+{
+	uint8_t op = request->sqe.op;
+
+	return op == KVG_OP_CREATE || op == KVG_OP_ATTACH || op == KVG_OP_FORK || op == KVG_OP_PUBLISH ||
+	       op == KVG_OP_RESTORE || (op == KVG_OP_RESERVE && request->sequence->meta->residency != META_RESIDENT);
+}
+
+static void park(struct request *request, void (*again)(struct request *));
+
+/* Begins an operation, or lets it wait for its turn. */
+static void begin(struct request *request, void (*op)(struct request *))
+{
+	if (takes_anew(request) && reclaim_is_awaited(request->space->tenant))
+		park(request, op);
+	else
+		op(request);
+}
+
 static void dispatch(struct request *request)
 {
 	static void (*const ops[])(struct request *) = {
@@ -450,7 +470,7 @@ static void dispatch(struct request *request)
 	if (request->act)
 		request->act(request);
 	else
-		ops[request->sqe.op](request);
+		begin(request, ops[request->sqe.op]);
 }
 
 static void waited(struct request *request)
@@ -507,7 +527,7 @@ static void run_unnamed(struct request *request)
 {
 	switch (request->sqe.op) {
 	case KVG_OP_CREATE:
-		op_create(request);
+		begin(request, op_create);
 		break;
 	case KVG_OP_UNMAPPED:
 		op_unmapped(request);
@@ -516,7 +536,7 @@ static void run_unnamed(struct request *request)
 		op_find(request);
 		break;
 	case KVG_OP_ATTACH:
-		op_attach(request);
+		begin(request, op_attach);
 		break;
 	default:
 		request_finish(request);
@@ -681,6 +701,10 @@ static void memory_again(struct memory_wait *wait)
 		context_request_ended(request);
 	if (space_job_ended(request->space))
 		return;
+	if (wait->behind) {
+		park(request, request->after);
+		return;
+	}
 	request->grow_status = request->cqe.status = 0;
 	request->text[0] = '\0';
 	request->after(request);
@@ -692,6 +716,16 @@ static bool is_coming(const struct space *space, uint64_t bytes)
 	return reclaim_want(space->tenant, bytes) || (space->tenant->reclaim && space->evicting);
 }
 
+static void park(struct request *request, void (*again)(struct request *))
+{
+	request->wait.again = memory_again;
+	request->wait.request = true;
+	request->wait.in_turn = takes_anew(request);
+	request->after = again;
+	request->space->jobs++;
+	reclaim_wait(request->space->tenant, &request->wait);
+}
+
 bool space_wait_memory(struct request *request, uint64_t bytes, void (*again)(struct request *))
 {
 	struct tenant *tenant = request->space->tenant;
@@ -699,10 +733,7 @@ bool space_wait_memory(struct request *request, uint64_t bytes, void (*again)(st
 
 	if (!request->wait.expired && is_coming(request->space, bytes)) {
 		quota_forgive(&tenant->quota);
-		request->wait.again = memory_again;
-		request->after = again;
-		request->space->jobs++;
-		reclaim_wait(tenant, &request->wait);
+		park(request, again);
 		return true;
 	}
 	if (tenant->reclaim)

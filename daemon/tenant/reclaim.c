@@ -262,11 +262,29 @@ static bool can_ever_fit(const struct tenant *tenant, uint64_t bytes)
 	return bytes <= room;
 }
 
+/* Of those that were not asked, the one that has most above its min, or NULL. */
+static struct tenant *furthest_above_min(const struct reclaim *reclaim, const bool asked[META_MAX_TENANTS])
+{
+	struct tenant *furthest = NULL;
+	uint64_t most = 0;
+
+	for (size_t i = 0; i < *reclaim->tenant_count; i++) {
+		struct tenant *tenant = reclaim->tenants[i];
+
+		if (asked[tenant->index] || above_min(tenant) <= most)
+			continue;
+		furthest = tenant;
+		most = above_min(tenant);
+	}
+	return furthest;
+}
+
 bool reclaim_want(struct tenant *tenant, uint64_t bytes)
 {
 	const struct reclaim *reclaim = tenant->reclaim;
+	bool asked[META_MAX_TENANTS] = {false}, coming;
+	struct tenant *victim;
 	uint64_t lack;
-	bool coming;
 
 	if (!reclaim)
 		return false;
@@ -278,10 +296,12 @@ bool reclaim_want(struct tenant *tenant, uint64_t bytes)
 	lack = quota_lack_pool(&tenant->quota, bytes);
 	if (!lack)
 		return true;
+	asked[tenant->index] = true;
 	coming = take_from(tenant, UINT64_MAX, &lack);
-	for (size_t i = 0; lack && i < *reclaim->tenant_count; i++)
-		if (reclaim->tenants[i] != tenant && above_min(reclaim->tenants[i]))
-			coming |= take_from(reclaim->tenants[i], above_min(reclaim->tenants[i]), &lack);
+	while (lack && (victim = furthest_above_min(reclaim, asked))) {
+		asked[victim->index] = true;
+		coming |= take_from(victim, above_min(victim), &lack);
+	}
 	return coming;
 }
 
@@ -310,16 +330,27 @@ void reclaim_wait(struct tenant *tenant, struct memory_wait *wait)
 	struct reclaim *reclaim = tenant->reclaim;
 
 	wait->tenant = tenant;
+	if (wait->since_ns)
+		tenant->held_up |= wait->request;
+	else
+		reclaim->woken |= reclaim->asking; /* it may be behind one that goes on by now */
 	if (!wait->since_ns)
 		wait->since_ns = loop_now();
+	tenant->waiting += wait->request;
 	list_add_tail(&reclaim->waits, &wait->node);
 	set_timer(reclaim);
+}
+
+static void leave_queue(struct memory_wait *wait)
+{
+	list_remove(&wait->node);
+	wait->tenant->waiting -= wait->request;
 }
 
 void reclaim_wait_cancel(struct memory_wait *wait)
 {
 	if (!list_empty(&wait->node))
-		list_remove(&wait->node);
+		leave_queue(wait);
 }
 
 void reclaim_wake(struct tenant *tenant)
@@ -328,21 +359,27 @@ void reclaim_wake(struct tenant *tenant)
 		tenant->reclaim->woken = true;
 }
 
-/* Each once, in order; those that go on waiting queue up again in the same order. */
+/* Each once, in order; those that go on waiting queue up again in the same order, and hold up those in turn. */
 static void ask_again(struct reclaim *reclaim)
 {
 	uint64_t now = loop_now();
 	struct list waiting, *node;
 
 	list_init(&waiting);
+	for (size_t i = 0; i < *reclaim->tenant_count; i++)
+		reclaim->tenants[i]->held_up = false;
+	reclaim->asking = true;
 	while ((node = list_pop(&reclaim->waits)))
 		list_add_tail(&waiting, node);
-	while ((node = list_pop(&waiting))) {
-		struct memory_wait *wait = list_entry(node, struct memory_wait, node);
+	while (!list_empty(&waiting)) {
+		struct memory_wait *wait = list_entry(waiting.next, struct memory_wait, node);
 
+		leave_queue(wait);
 		wait->expired = now >= wait->since_ns + reclaim->wait_ns;
+		wait->behind = wait->in_turn && wait->tenant->held_up && !wait->expired;
 		wait->again(wait);
 	}
+	reclaim->asking = false;
 	set_timer(reclaim);
 }
 

@@ -4,9 +4,9 @@
  *
  * What nobody uses is on offer: published contexts without sequences, and sequences that their workers have released
  * as idle. When a request would pass max, its tenant's contexts go to the host first, then its idle sequences, oldest
- * first; when the pool is full, also those of other tenants, as long as they leave these their min. The request waits
- * as long as memory is on its way (going to the host, asked back from a worker, being destroyed), and is refused when
- * none is. Above high the same happens in the background.
+ * first; when the pool is full, also those of other tenants, of the one furthest above its min first, as long as they
+ * leave these their min. The request waits as long as memory is on its way (going to the host, asked back from a
+ * worker, being destroyed), and is refused when none is. Above high the same happens in the background.
  *
  * A tenant is under pressure while it is above high, or while memory that a waiting request needs is still mapped by
  * its workers. How workers hear of it is the session's.
@@ -39,6 +39,9 @@ struct memory_wait {
 	struct tenant *tenant;
 	uint64_t since_ns;
 	bool expired; /* waited for as long as anything may */
+	bool request; /* it counts: who comes later is behind it. An operator's does not */
+	bool in_turn; /* it is behind those of its tenant that came before */
+	bool behind;  /* again(): one of them goes on waiting, and so it has to */
 	void (*again)(struct memory_wait *wait);
 };
 
@@ -60,6 +63,7 @@ struct reclaim {
 	struct list waits, pressed;
 	uint64_t seen_frees, wait_ns;
 	bool woken;
+	bool asking; /* again() is being called for those that waited */
 	const struct reclaim_ops *ops;
 	void *user;
 };
@@ -100,6 +104,12 @@ bool reclaim_want(struct tenant *tenant, uint64_t bytes);
 /* Parks: again() is called when there may be more memory, or none is on its way any more, or the time is over. */
 void reclaim_wait(struct tenant *tenant, struct memory_wait *wait);
 void reclaim_wait_cancel(struct memory_wait *wait);
+
+/* Whether requests of the tenant wait: one that takes memory anew parks behind them, whatever there is for it now. */
+static inline bool reclaim_is_awaited(const struct tenant *tenant)
+{
+	return tenant->waiting > 0;
+}
 
 /* Everybody who waits is asked again: a worker has gone. */
 void reclaim_wake(struct tenant *tenant);

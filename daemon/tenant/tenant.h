@@ -55,6 +55,8 @@ struct tenant {
 	uint64_t offered;          /* bytes that are on offer, */
 	uint64_t reclaiming_bytes; /* and of those on their way to the host */
 	unsigned offer_count, reclaiming;
+	unsigned waiting;            /* requests, for memory */
+	bool held_up;                /* one of them goes on waiting, of those that are being asked */
 	unsigned trims;              /* of what sequences retain on the host, that are under way */
 	bool host_grown;             /* above high on the host, which nobody has looked at yet */
 	bool no_room;                /* on the host, for the last that was to go there */

@@ -9,18 +9,18 @@
 #define UNIT    65536u
 #define WAIT_NS 20000000u /* of requests, in these tests */
 
-/* A pool of 16 units, two tenants of at most 10, and what their workers would be told. */
+/* A pool of 16 units, two tenants of at most 10 or more of them, and what their workers would be told. */
 struct scene {
 	struct loop *loop;
 	struct executor *executor;
 	struct kind *kind;
 	struct pool *pool;
-	struct tenant *tenants[2];
+	struct tenant *tenants[3];
 	size_t tenant_count;
 	struct reclaim reclaim;
 	struct loop_timer *stop;
-	int pressure[2];  /* by tenant: told on less told off */
-	unsigned told[2]; /* times that it was told on */
+	int pressure[3];  /* by tenant: told on less told off */
+	unsigned told[3]; /* times that it was told on */
 	char text[QUOTA_TEXT];
 };
 
@@ -43,7 +43,7 @@ struct waiter {
 static void on_pressure(void *user, struct tenant *tenant, bool on)
 {
 	struct scene *scene = user;
-	unsigned i = tenant == scene->tenants[1];
+	uint32_t i = tenant->index;
 
 	scene->pressure[i] += on ? 1 : -1;
 	scene->told[i] += on;
@@ -80,7 +80,7 @@ static void close_scene(struct scene *scene)
 	reclaim_deinit(&scene->reclaim);
 	(void)executor_free(scene->executor);
 	(void)pool_free(scene->pool);
-	for (unsigned i = 0; i < 2; i++) {
+	for (unsigned i = 0; i < scene->tenant_count; i++) {
 		assert_int_equal(scene->tenants[i]->offered, 0);
 		assert_int_equal(scene->tenants[i]->offer_count, 0);
 		(void)tenant_free(scene->tenants[i]);
@@ -140,7 +140,9 @@ static void try_again(struct memory_wait *wait)
 	struct tenant *tenant = wait->tenant;
 
 	waiter->asked++;
-	if (quota_charge(&tenant->quota, waiter->bytes, 0, "the waiter", waiter->text) >= 0)
+	if (wait->behind || (!wait->since_ns && wait->in_turn && reclaim_is_awaited(tenant)))
+		reclaim_wait(tenant, wait);
+	else if (quota_charge(&tenant->quota, waiter->bytes, 0, "the waiter", waiter->text) >= 0)
 		waiter->granted = true;
 	else if (!wait->expired && reclaim_want(tenant, waiter->bytes))
 		reclaim_wait(tenant, wait);
@@ -152,6 +154,16 @@ static void try_again(struct memory_wait *wait)
 static void ask(struct scene *scene, unsigned tenant, uint64_t units, struct waiter *waiter)
 {
 	*waiter = (struct waiter){.bytes = units * UNIT, .wait = {.again = try_again}};
+	list_init(&waiter->wait.node);
+	waiter->wait.tenant = scene->tenants[tenant];
+	try_again(&waiter->wait);
+}
+
+/* The same, behind those that came before. */
+static void ask_in_turn(struct scene *scene, unsigned tenant, uint64_t units, struct waiter *waiter)
+{
+	*waiter =
+		(struct waiter){.bytes = units * UNIT, .wait = {.again = try_again, .request = true, .in_turn = true}};
 	list_init(&waiter->wait.node);
 	waiter->wait.tenant = scene->tenants[tenant];
 	try_again(&waiter->wait);
@@ -286,6 +298,56 @@ static void test_waits_for_what_is_not_yet_unmapped(void **state)
 	close_scene(&scene);
 }
 
+/* Small ones that come later do not live on what the large one waits for; who is at work already does. */
+static void test_requests_are_served_in_their_order(void **state)
+{
+	struct waiter large, small[3], other, urgent;
+	struct scene scene;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 9);
+	quota_unreturned_add(&scene.tenants[0]->quota, 4 * UNIT);
+	ask_in_turn(&scene, 0, 5, &large);
+	for (unsigned i = 0; i < 3; i++)
+		ask_in_turn(&scene, 0, 1, &small[i]); /* there would be room for one */
+	ask_in_turn(&scene, 1, 1, &other);
+	assert_true(other.granted);
+	ask(&scene, 0, 1, &urgent);
+	assert_true(urgent.granted);
+	for (unsigned i = 0; i < 4; i++) {
+		assert_false(large.granted || small[0].granted || small[1].granted || small[2].granted);
+		quota_unreturned_sub(&scene.tenants[0]->quota, UNIT);
+		refund(&scene, 0, 1);
+		run_loop(&scene, 1);
+	}
+	assert_true(large.refused); /* nothing more comes, and one lacks */
+	assert_true(small[0].granted && small[1].granted && small[2].granted);
+	assert_int_equal(scene.tenants[0]->waiting, 0);
+	refund(&scene, 0, 9);
+	refund(&scene, 1, 1);
+	close_scene(&scene);
+}
+
+/* Whoever is behind one that never gets its memory waits no longer than that. */
+static void test_nobody_is_behind_for_ever(void **state)
+{
+	struct waiter large, small;
+	struct scene scene;
+
+	(void)state;
+	open_scene(&scene);
+	charge(&scene, 0, 9);
+	quota_unreturned_add(&scene.tenants[0]->quota, UNIT);
+	ask_in_turn(&scene, 0, 2, &large);
+	ask_in_turn(&scene, 0, 1, &small);
+	run_loop(&scene, WAIT_NS + WAIT_NS / 2);
+	assert_true(large.refused && small.granted);
+	quota_unreturned_sub(&scene.tenants[0]->quota, UNIT);
+	refund(&scene, 0, 10);
+	close_scene(&scene);
+}
+
 static void test_no_request_waits_for_ever(void **state)
 {
 	struct scene scene;
@@ -337,6 +399,44 @@ static void test_a_full_pool_takes_from_others_what_is_above_their_min(void **st
 	reclaim_withdraw(&others.reclaimable);
 	refund(&scene, 0, 10);
 	refund(&scene, 1, 1);
+	close_scene(&scene);
+}
+
+/* Not the one that was configured first. */
+static void test_others_give_the_furthest_above_its_min_first(void **state)
+{
+	struct scene scene;
+	struct waiter waiter;
+	struct thing things[3][2];
+	unsigned begun = 0;
+
+	(void)state;
+	open_scene(&scene);
+	assert_int_equal(tenant_new(scene.pool, "c", 10 * UNIT, &scene.tenants[2]), 0);
+	scene.tenants[2]->reclaim = &scene.reclaim;
+	scene.tenant_count = 3;
+	charge(&scene, 0, 5);
+	charge(&scene, 1, 5);
+	charge(&scene, 2, 6);
+	assert_int_equal(quota_set(&scene.tenants[0]->quota, 2 * UNIT, 0, 10 * UNIT, scene.text), 0);
+	assert_int_equal(quota_set(&scene.tenants[2]->quota, 5 * UNIT, 0, 10 * UNIT, scene.text), 0);
+	for (unsigned i = 0; i < 3; i++)
+		for (unsigned j = 0; j < 2; j++)
+			offer(&scene, i, RECLAIM_SEQUENCE, &things[i][j], 1, &begun);
+	ask(&scene, 2, 4, &waiter); /* its own two; of b, 5 above, not of a, 3 above */
+	assert_false(waiter.granted || waiter.refused);
+	assert_true(things[2][0].order && things[2][1].order && things[1][0].order && things[1][1].order);
+	assert_false(things[0][0].order || things[0][1].order);
+	for (unsigned i = 1; i < 3; i++)
+		for (unsigned j = 0; j < 2; j++)
+			end_thing(&scene, &things[i][j]);
+	run_loop(&scene, 1);
+	assert_true(waiter.granted);
+	reclaim_withdraw(&things[0][0].reclaimable);
+	reclaim_withdraw(&things[0][1].reclaimable);
+	refund(&scene, 0, 5);
+	refund(&scene, 1, 3);
+	refund(&scene, 2, 8);
 	close_scene(&scene);
 }
 
@@ -466,8 +566,11 @@ int main(void)
 		cmocka_unit_test(test_nothing_on_its_way_is_a_refusal_at_once),
 		cmocka_unit_test(test_what_can_never_fit_takes_nothing),
 		cmocka_unit_test(test_waits_for_what_is_not_yet_unmapped),
+		cmocka_unit_test(test_requests_are_served_in_their_order),
+		cmocka_unit_test(test_nobody_is_behind_for_ever),
 		cmocka_unit_test(test_no_request_waits_for_ever),
 		cmocka_unit_test(test_a_full_pool_takes_from_others_what_is_above_their_min),
+		cmocka_unit_test(test_others_give_the_furthest_above_its_min_first),
 		cmocka_unit_test(test_others_do_not_take_what_reaches_into_a_min),
 		cmocka_unit_test(test_what_the_host_has_no_room_for_is_in_nobodys_way),
 		cmocka_unit_test(test_above_high_the_background_reclaims_and_workers_are_told),
