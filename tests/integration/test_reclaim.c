@@ -398,6 +398,55 @@ static void test_an_eviction_waits_for_its_room(void **state)
 	stage_close(&s);
 }
 
+static void wait_unreturned(const struct stage *s, uint64_t bytes)
+{
+	uint64_t deadline = fixture_now_ms() + FIXTURE_WAIT_MS;
+
+	while (usage_of(s, "search").unreturned < bytes)
+		assert_true(fixture_now_ms() < deadline);
+}
+
+/* There is room for the second at once, but the first waits for it; the third dies while it waits for its turn. */
+static void test_a_newcomer_does_not_overtake(void **state)
+{
+	const struct kvg_sqe all = create(16), most = create(12);
+	uint64_t deadline = fixture_now_ms() + 5000; /* less than pressure_ms */
+	char text[KVG_TEXT_SIZE];
+	struct kvg_client *second, *third;
+	struct kvg_cqe cqe;
+	struct stage s;
+	struct kv kv;
+
+	(void)state;
+	stage_open(&s);
+	second = connect_to(&s, "state/search.sock", "second");
+	third = connect_to(&s, "state/search.sock", "third");
+	fill_idle(&s, s.idler, &kv, 4);
+	submit(s.asker, &all);
+	wait_unreturned(&s, 4 * EXTENT);
+	submit(second, &most);
+	submit(third, &most);
+	for (unsigned i = 0; i < 10; i++) {
+		turn(second);
+		turn(third);
+	}
+	assert_int_equal(usage_of(&s, "search").promised, 0);
+	third = kvg_close(third);
+	while (usage_of(&s, "search").workers > 3) /* it does not wait to die */
+		assert_true(fixture_now_ms() < deadline);
+	while (!is_done(s.asker, &cqe, text))
+		all_turn(&s);
+	if (cqe.status)
+		fail_msg("status %d: %s", cqe.status, text);
+	while (!is_done(second, &cqe, text))
+		turn(second);
+	assert_int_equal(cqe.status, -ENOSPC);
+	second = kvg_close(second);
+	assert_int_equal(usage_of(&s, "search").refusals, 1);
+	forget(&kv, 1);
+	stage_close(&s);
+}
+
 /* ---- others ---- */
 
 static void test_a_full_pool_takes_what_others_have_idle_above_their_min(void **state)
@@ -753,6 +802,7 @@ int main(void)
 		cmocka_unit_test(test_no_room_on_the_host_is_a_refusal_that_says_so),
 		cmocka_unit_test(test_a_smaller_one_goes_when_the_host_has_no_room_for_the_oldest),
 		cmocka_unit_test(test_an_eviction_waits_for_its_room),
+		cmocka_unit_test(test_a_newcomer_does_not_overtake),
 		cmocka_unit_test(test_a_full_pool_takes_what_others_have_idle_above_their_min),
 		cmocka_unit_test(test_two_tenants_at_war),
 		cmocka_unit_test(test_an_idle_sequence_is_touched_while_it_goes),
