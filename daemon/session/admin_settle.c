@@ -127,11 +127,15 @@ static size_t explain_above(const struct quota *quota, char *text, size_t size)
 static void explain(const struct settle *settle, char *text, size_t size)
 {
 	const struct tenant *tenant = settle->tenant;
+	char promised[KVG_SIZE_TEXT];
 	size_t n = 0;
 
 	text[0] = '\0';
 	if (!is_within(tenant->quota.account)) {
 		n = explain_above(&tenant->quota, text, size);
+		if (tenant->quota.account->promised)
+			n += (size_t)snprintf(text + n, size - n, "; promised %s",
+				kvg_size_format(tenant->quota.account->promised, promised));
 		reclaim_explain(tenant, tenant->quota.account->max, text + n, size - n);
 		n = strlen(text);
 	}

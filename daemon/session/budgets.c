@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "daemon/base/cleanup.h"
@@ -15,6 +16,8 @@
 
 #define FILE_NAME "budgets.conf"
 #define SPACES    " \t\r\n"
+
+#define FILE_MAX_BYTES (1 << 20)
 
 struct entry {
 	struct tenant *tenant;
@@ -144,7 +147,7 @@ static void log_changes(const struct tenant *tenant, const struct budget_values 
 
 /* ---- the file ---- */
 
-static int write_entry(FILE *file, const struct entry *entry)
+static bool write_entry(FILE *file, const struct entry *entry)
 {
 	bool named = false;
 
@@ -152,27 +155,25 @@ static int write_entry(FILE *file, const struct entry *entry)
 		if (!entry->live.set[key])
 			continue;
 		if (!named && fprintf(file, "\n[tenant %s]\n", entry->tenant->name) < 0)
-			return -EIO;
+			return false;
 		named = true;
 		if (fprintf(file, "%s = %" PRIu64 "\n", key_names[key], entry->live.bytes[key]) < 0)
-			return -EIO;
+			return false;
 	}
-	return 0;
+	return true;
 }
 
 static int write_entries(const struct budgets *budgets, FILE *file)
 {
-	int r = fputs("# Budgets that were set while kvgated ran. They come before those of the configuration;\n"
-		      "# kvgatectl budget reset TENANT takes a tenant's out.\n",
-			file) < 0
-			? -EIO
-			: 0;
+	bool written = fputs("# Budgets that were set while kvgated ran. They come before those of the configuration;\n"
+			     "# kvgatectl budget reset TENANT takes a tenant's out.\n",
+			       file) >= 0;
 
-	for (size_t i = 0; r >= 0 && i < budgets->count; i++)
-		r = write_entry(file, &budgets->entries[i]);
-	if (r >= 0 && (fflush(file) == EOF || fsync(fileno(file)) < 0))
-		r = errno ? -errno : -EIO;
-	return r;
+	for (size_t i = 0; written && i < budgets->count; i++)
+		written = write_entry(file, &budgets->entries[i]);
+	if (written && fflush(file) == 0 && fsync(fileno(file)) == 0)
+		return 0;
+	return errno ? -errno : -EIO;
 }
 
 static int write_new(const struct budgets *budgets)
@@ -337,20 +338,47 @@ static void read_line(struct reader *reader, char *line)
 		read_value(reader, line);
 }
 
+/* Whether it is a regular file of a size that this daemon may have written. 0 or a negative errno. */
+static int check_file(int fd)
+{
+	struct stat st;
+
+	if (fd < 0 || fstat(fd, &st) < 0)
+		return -errno;
+	if (!S_ISREG(st.st_mode))
+		return S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
+	return st.st_size > FILE_MAX_BYTES ? -EFBIG : 0;
+}
+
+static int open_file(const struct budgets *budgets, FILE **ret)
+{
+	int fd = open(budgets->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), r = check_file(fd);
+
+	*ret = r < 0 ? NULL : fdopen(fd, "r");
+	if (*ret)
+		return 0;
+	if (r >= 0)
+		r = -errno;
+	if (fd >= 0)
+		(void)close(fd);
+	return r;
+}
+
 static int read_file(struct budgets *budgets)
 {
 	struct reader reader = {.budgets = budgets};
-	FILE *file = fopen(budgets->path, "re");
 	char *line = NULL;
 	size_t size = 0;
-	int r = 0;
+	FILE *file;
+	int r = open_file(budgets, &file);
 
-	if (!file)
-		return errno == ENOENT ? 0 : -errno;
+	if (r < 0)
+		return r == -ENOENT ? 0 : r;
+	errno = 0;
 	while (getline(&line, &size, file) >= 0)
 		read_line(&reader, line);
-	if (ferror(file))
-		r = -errno;
+	if (!feof(file))
+		r = errno ? -errno : -EIO;
 	free(line);
 	(void)fclose(file);
 	return r;

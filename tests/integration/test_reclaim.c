@@ -431,7 +431,7 @@ static void test_a_newcomer_does_not_overtake(void **state)
 		turn(third);
 	}
 	assert_int_equal(usage_of(&s, "search").promised, 0);
-	third = kvg_close(third);
+	(void)kvg_close(third);
 	while (usage_of(&s, "search").workers > 3) /* it does not wait to die */
 		assert_true(fixture_now_ms() < deadline);
 	while (!is_done(s.asker, &cqe, text))
@@ -441,7 +441,7 @@ static void test_a_newcomer_does_not_overtake(void **state)
 	while (!is_done(second, &cqe, text))
 		turn(second);
 	assert_int_equal(cqe.status, -ENOSPC);
-	second = kvg_close(second);
+	(void)kvg_close(second);
 	assert_int_equal(usage_of(&s, "search").refusals, 1);
 	forget(&kv, 1);
 	stage_close(&s);
@@ -668,6 +668,8 @@ static void test_what_is_in_use_stands_in_the_way_of_a_lower_max(void **state)
 	assert_int_equal(kv_free(&kv), 0);
 	(void)create_granted(&s, s.asker, 4);
 	assert_int_equal(ask(&s, s.asker, &one, &cqe, text), -ENOSPC);
+	control(&s, &output, (const char *const[]){"budget", "set", "search", "device.max=512K", NULL});
+	assert_names(output.out, "512.0 KiB above device.max; promised 1.0 MiB"); /* nothing of it is there yet */
 	stage_close(&s);
 }
 
@@ -781,12 +783,15 @@ static void test_the_daemon_ends_while_all_of_them_wait(void **state)
 	stage_open(&s);
 	for (unsigned i = 0; i < 2; i++)
 		fill_idle(&s, s.idler, &kvs[i], 4);
-	submit(s.asker, &sqe);
 	control_start(&s, &program, words);
-	while (!usage_of(&s, "search").unreturned)
+	wait_unreturned(&s, 8 * EXTENT); /* nobody but the operator wants so much */
+	submit(s.asker, &sqe);
+	while (!usage_of(&s, "search").pressure) /* somebody waits */
 		continue;
 	fixture_stop(&s.fixture);
 	process_collect(&program, FIXTURE_WAIT_MS, &output);
+	assert_int_equal(output.status, 1);
+	assert_names(output.err, "the daemon hung up without an answer");
 	forget(kvs, 2);
 	s.idler = kvg_close(s.idler);
 	s.asker = kvg_close(s.asker);

@@ -231,6 +231,24 @@ static void test_a_reset_that_overbooks(void **state)
 	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
 }
 
+/* On a full disk as on any other. The link is not what becomes the file. */
+static void test_a_full_disk(void **state)
+{
+	struct fixture *f = *state;
+	char path[80], before[1024], file[1024];
+
+	must_set(f, 0, DEVICE_MAX, 6 * EXTENT);
+	read_file(f, before);
+	(void)snprintf(path, sizeof(path), "%s/budgets.conf.new", f->dir);
+	assert_int_equal(symlink("/dev/full", path), 0);
+	assert_int_equal(set(f, 0, DEVICE_MAX, 5 * EXTENT), -ENOSPC);
+	assert_non_null(
+		strstr(f->text, "/budgets.conf: cannot be written: No space left on device; nothing was changed"));
+	check(f, 0, 2 * EXTENT, 0, 6 * EXTENT, true);
+	read_file(f, file);
+	assert_string_equal(file, before);
+}
+
 /* A folder stands where the file must go: nothing changes, and the reason is told. */
 static void test_a_failed_write(void **state)
 {
@@ -293,6 +311,35 @@ static void test_a_file_of_any_form(void **state)
 	assert_int_equal(rmdir(path), 0);
 }
 
+static void refuse_to_start(struct fixture *f, int status)
+{
+	stop(f);
+	start(f, POOL, "b");
+	assert_int_equal(budgets_load(f->budgets, f->text), status);
+	assert_non_null(strstr(f->text, "/budgets.conf: cannot be read: "));
+}
+
+/* What would hang the start, or fill the memory; and numbers that nothing fits. */
+static void test_what_is_no_file_of_budgets(void **state)
+{
+	struct fixture *f = *state;
+	char path[80];
+
+	assert_int_equal(mkfifo(path_of(f, path), 0600), 0);
+	refuse_to_start(f, -EINVAL);
+	assert_int_equal(unlink(path), 0);
+	write_file(f, "# large\n");
+	assert_int_equal(truncate(path, (off_t)1 << 40), 0);
+	refuse_to_start(f, -EFBIG);
+	write_file(f,
+		"[tenant a]\ndevice.max = 99999999999999999999\ndevice.high = -1\ndevice.min = 4611686018427387904\n"
+		"[tenant b]\nhost.min = 18446744073709551615\ndevice.min = 0x10\nhost.high = 5 E\n");
+	restart(f, POOL, "b");
+	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
+	check(f, 1, 0, 0, POOL, false);
+	assert_int_equal(f->pool->quota.account->committed, 2 * EXTENT);
+}
+
 static void test_keys(void **state)
 {
 	(void)state;
@@ -312,6 +359,8 @@ int main(void)
 		BUDGETS_TEST(test_refusals_change_nothing),
 		BUDGETS_TEST(test_a_reset_that_overbooks),
 		BUDGETS_TEST(test_a_failed_write),
+		BUDGETS_TEST(test_a_full_disk),
+		BUDGETS_TEST(test_what_is_no_file_of_budgets),
 		BUDGETS_TEST(test_what_fits_no_more_is_left),
 		BUDGETS_TEST(test_a_file_of_any_form),
 		cmocka_unit_test(test_keys),
