@@ -9,7 +9,7 @@
 #include "proto/size.h"
 
 struct visit {
-	uint64_t frames, total; /* trim(): to go in all, and of all stores */
+	uint64_t frames, total, seen; /* trim(): to go in all, of all stores, and of those that have been visited */
 	uint64_t images, retained;
 };
 
@@ -29,9 +29,12 @@ static void count(struct sequence *sequence, struct visit *visit)
 static void trim(struct sequence *sequence, struct visit *visit)
 {
 	uint64_t own = sequence->retain ? sequence->retain->frame_count : 0;
+	uint64_t before = visit->seen * visit->frames / visit->total, share;
 
-	if (own)
-		retain_trim(sequence, (own * visit->frames + visit->total - 1) / visit->total);
+	visit->seen += own;
+	share = visit->seen * visit->frames / visit->total - before; /* all of them together are `frames` */
+	if (share)
+		retain_trim(sequence, share);
 }
 
 static void visit_all(const struct server *server, const struct tenant *tenant, struct visit *visit,

@@ -8,9 +8,9 @@
  * leave these their min. The request waits as long as memory is on its way (going to the host, asked back from a
  * worker, being destroyed), and is refused when none is. Above high the same happens in the background.
  *
- * Requests of a tenant that take memory anew are served in the order in which they came: one that could be granted parks
- * behind those that wait. Sequences at work (their reserves, evictions, recalls) queue behind nobody, for what waits may
- * wait for what they give back.
+ * Requests of a tenant that take memory anew are served in the order in which they came: one that could be granted
+ * parks behind those that wait. Sequences at work (their reserves, evictions, recalls) queue behind nobody, for what
+ * waits may wait for what they give back.
  *
  * A tenant is under pressure while it is above high, or while memory that a waiting request needs is still mapped by
  * its workers. How workers hear of it is the session's.

@@ -215,6 +215,9 @@ static void test_a_lower_max_drops_contexts_then_the_lowest_scores_and_names_ima
 	assert_null(strstr(output.out, "in the way"));
 	assert_false(is_there(&s, 2) || is_there(&s, 3));
 	assert_in_range(host_charged(&s), retained + image - 2 * FRAME, retained + image);
+	before = host_charged(&s);
+	set_budget(&s, "host.max", before - 1, &output);
+	assert_int_equal(host_charged(&s), before - FRAME); /* of one of them */
 	fixture_audit(&s.fixture);
 	assert_true(recall_all(&kvs[0]) > 0);
 	assert_true(recall_all(&kvs[1]) > 0);
