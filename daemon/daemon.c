@@ -195,10 +195,6 @@ static int start_kind(struct daemon *daemon)
 		r = compute_start(daemon->kind, text, sizeof(text));
 	if (r < 0)
 		log_error("%s", text);
-	else if (!daemon->kind->ops->about(daemon->kind) && !daemon->kind->large_pages)
-		log_info("kind host: the machine gives shared memory no huge pages (shmem_enabled in "
-			 "/sys/kernel/mm/transparent_hugepage; \"advise\" is enough), so that memory comes and goes "
-			 "several times slower");
 	return r;
 }
 
@@ -495,6 +491,10 @@ static void announce(const struct daemon *daemon)
 	(void)kvg_size_format(daemon->extent_size, extent);
 	log_info("kvgated %s: %s pool of %s in extents of %s, %zu tenants, state in %s", KVG_VERSION, kind, pool,
 		extent, daemon->server.tenant_count, daemon->options->state_dir);
+	if (!daemon->kind->ops->about(daemon->kind) && !daemon->kind->large_pages)
+		log_info("kind host: the machine gives shared memory no huge pages (shmem_enabled in "
+			 "/sys/kernel/mm/transparent_hugepage; \"advise\" is enough), so that memory comes and goes "
+			 "several times slower");
 	(void)sd_notifyf(0, "READY=1\nSTATUS=%s pool of %s, %zu tenants", kind, pool, daemon->server.tenant_count);
 }
 
