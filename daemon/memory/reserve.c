@@ -310,10 +310,10 @@ static void make(struct reserve *reserve, uint32_t count)
 
 void reserve_update(struct reserve *reserve)
 {
-	if (!reserve->pool || !reserve->pool->executor || reserve->busy || reserve->pool->reserves_end)
+	if (!reserve->pool || !reserve->pool->executor || reserve->pool->reserves_end)
 		return;
-	shrink(reserve, target(reserve));
-	if (reserve->count < target(reserve))
+	shrink(reserve, target(reserve)); /* also while a job is under way, which does not touch these */
+	if (!reserve->busy && reserve->count < target(reserve))
 		make(reserve, target(reserve) - reserve->count);
 }
 

@@ -404,6 +404,23 @@ static void test_min_goes_while_it_is_made(void **state)
 	check(f, 0, 0);
 }
 
+/* What is there already goes at once: others may have been given its bytes. */
+static void test_min_goes_while_more_is_made(void **state)
+{
+	struct fixture *f = *state;
+
+	set_min_and_wait(f, 4 * EXTENT);
+	gated = true;
+	set_min(f, 8 * EXTENT);
+	(void)sem_wait(&entered);
+	set_min(f, EXTENT);
+	assert_int_equal(reserve_bytes(&f->reserve), EXTENT);
+	gated = false;
+	(void)sem_post(&gate);
+	run_until(f, settled);
+	check(f, 1, 0);
+}
+
 static unsigned ended;
 
 static void count_ended(void *user)
@@ -546,6 +563,7 @@ int main(void)
 		RESERVE_TEST(test_the_whole_pool),
 		RESERVE_TEST(test_batches_wait_for_the_job),
 		RESERVE_TEST(test_min_goes_while_it_is_made),
+		RESERVE_TEST(test_min_goes_while_more_is_made),
 		RESERVE_TEST(test_failure),
 		RESERVE_TEST(test_failed_batch),
 		RESERVE_TEST(test_dropped_batch),
