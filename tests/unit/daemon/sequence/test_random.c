@@ -1,12 +1,13 @@
 /*
  * Entries at random in three workers' spaces of one tenant, that no case by itself would try: for sequences that are
- * there, that will be, and that never were, in bursts, while the daemon's own requests, reclaim, kills and failures of
- * the host's memory come in between. Each one is completed, the metadata is right, and in the end every byte is back.
+ * there, that will be, and that never were, in bursts, while the daemon's own requests, reclaim, kills, other budgets
+ * and failures of the host's memory come in between. Each one is completed, the metadata is right, and in the end every
+ * byte is back.
  *
  * KVG_RANDOM_SEED (1) is the first seed and KVG_RANDOM_SEEDS (24) how many there are. Each is printed when it begins,
- * so that the last one of the output is the one that failed, also when a sanitizer ended the program. It fixes what is
- * submitted, but not when the executor's thread has done its part of it: what one run finds may take several to find
- * again.
+ * so that the last one of the output is the one that failed, also when a sanitizer ended the program. A seed does not
+ * fix when the executor's thread has done its part, on which later entries depend: what one run finds may take several
+ * to find again.
  */
 #include "daemon/sequence/context.h"
 
@@ -55,6 +56,7 @@ struct variation {
 	unsigned rounds;
 	uint32_t most_tokens; /* that a sequence grows by at a time */
 	uint32_t kill_one_in; /* rounds */
+	bool budgets;         /* they change */
 	bool biased;          /* some operations are submitted often and others not at all */
 };
 
@@ -102,6 +104,7 @@ static struct variation variation_of(unsigned seed)
 		.rounds = seed % 8 == 0 ? AUDITED : ROUNDS,
 		.most_tokens = seed % 5 == 4 ? KVG_BLOCK_TOKENS - 4 : LONG_ROWS + 150,
 		.kill_one_in = seed % 5 == 3 ? 10 : 40,
+		.budgets = seed % 3 == 2,
 		.biased = seed % 2 == 1};
 }
 
@@ -481,7 +484,8 @@ static void submit_own(struct world *world, struct fixture *fixture)
 
 	assert_non_null(own);
 	own->world = world;
-	request->sqe.op = own_ops[below(world, sizeof(own_ops))];
+	/* Most evictions find no scores, or a prompt that is not complete. */
+	request->sqe.op = one_in(world, 3) ? KVG_OP_EVICT : own_ops[below(world, sizeof(own_ops))];
 	request->sqe.seq = one_in(world, 3) ? random_handle(world, fixture) : random_sequence(world, fixture, true);
 	request->completed = own_completed;
 	if (request->sqe.op == KVG_OP_EVICT) {
@@ -500,6 +504,34 @@ static void forget_one(struct world *world)
 
 	if (context && (!context->part.context->refs || one_in(world, 2)))
 		context_forget(context);
+}
+
+/* What the administrator does; also to less than is in use. */
+static void change_budget(struct world *world)
+{
+	enum tenant_tier tier = one_in(world, 2) ? TENANT_DEVICE : TENANT_HOST;
+	struct tenant *tenant = world->spaces[0]->tenant;
+	uint64_t most = tier == TENANT_DEVICE ? world->variation.device_max : world->variation.host_size;
+	struct budget budget = {.max = most * (1 + below(world, 4)) / 4};
+	char text[QUOTA_TEXT];
+
+	if (one_in(world, 2))
+		budget.high = budget.max * (1 + below(world, 4)) / 4;
+	if (one_in(world, 2))
+		budget.min = (budget.high ? budget.high : budget.max) * below(world, 3) / 4;
+	if (tenant_set_budget(tenant, tier, &budget, text) < 0)
+		fail_msg("%s", text);
+	reclaim_check(tenant);
+}
+
+static void restore_budgets(struct world *world)
+{
+	const struct variation *v = &world->variation;
+	struct tenant *tenant = world->spaces[0]->tenant;
+	char text[QUOTA_TEXT];
+
+	assert_int_equal(tenant_set_budget(tenant, TENANT_DEVICE, &(struct budget){.max = v->device_max}, text), 0);
+	assert_int_equal(tenant_set_budget(tenant, TENANT_HOST, &(struct budget){.max = v->host_size}, text), 0);
 }
 
 static void on_pressure(void *user, struct tenant *tenant, bool on)
@@ -608,7 +640,7 @@ static void one_round(struct world *world)
 	submit_some(world, fixture);
 	if (one_in(world, 2))
 		append(world, fixture);
-	if (one_in(world, 4))
+	if (one_in(world, 2))
 		submit_own(world, fixture);
 	if (one_in(world, 40))
 		burst(world, fixture);
@@ -616,6 +648,8 @@ static void one_round(struct world *world)
 		(void)reclaim_begin(fixture->tenant, below(world, 40) * EXTENT, NULL);
 	if (one_in(world, 80))
 		forget_one(world);
+	if (world->variation.budgets && one_in(world, 50))
+		change_budget(world);
 	if (one_in(world, 10))
 		publish_together(world);
 	if (one_in(world, world->variation.kill_one_in))
@@ -701,6 +735,7 @@ static void end(struct world *world)
 	for (unsigned i = SPACES - 1; i; i--)
 		leave(world, i);
 	fixture_kill(first);
+	restore_budgets(world);
 	first->tenant->reclaim = NULL;
 	fixture_forget_contexts(first, first->tenant);
 	if (world->variation.context_entries) {
