@@ -158,6 +158,16 @@ static void punch(const struct meta *meta, uint64_t begin, uint64_t end)
 			meta->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)begin, (off_t)(end - begin));
 }
 
+/* Where that fails, faults do it. */
+void meta_populate_places(const struct meta *meta, uint32_t extent, uint32_t blocks)
+{
+	uint64_t size = blocks * KVG_BLOCK_TOKENS * sizeof(struct meta_place);
+
+	if (size > meta->header->places_size)
+		size = meta->header->places_size;
+	(void)madvise(meta_places(meta, extent), size, MADV_POPULATE_WRITE);
+}
+
 void meta_forget_places(const struct meta *meta, uint32_t extent)
 {
 	uint64_t begin = meta->header->places_offset + extent * meta->header->places_size;

@@ -266,6 +266,10 @@ int meta_add_frames(struct meta *meta, uint32_t count, uint32_t frame_size);
 uint8_t *meta_bitmap(const struct meta *meta, uint32_t extent);
 struct meta_place *meta_places(const struct meta *meta, uint32_t extent);
 
+/* Creates the memory of the places of an extent's first blocks together, which costs less than a fault for each page.
+ */
+void meta_populate_places(const struct meta *meta, uint32_t extent, uint32_t blocks);
+
 /* Gives the memory of an extent's places back. */
 void meta_forget_places(const struct meta *meta, uint32_t extent);
 

@@ -252,6 +252,8 @@ static int create_one(struct extent_batch *batch, struct extent *extent)
 	}
 	if (r >= 0)
 		r = map_new(batch, extent);
+	if (r >= 0 && !pool->kind->ops->device(pool->kind))
+		meta_populate_places(pool->meta, extent->index, arena->blocks_per_extent);
 	if (r < 0 && extent->fd >= 0) {
 		(void)close(extent->fd);
 		extent->fd = -1;
