@@ -151,6 +151,7 @@ static void test_many_rows(void **state)
 	model_release(reader);
 	model_release(publisher);
 	assert_int_equal(fixture_release(second, again->handle), 0);
+	model_free(again);
 	fixture_free(second);
 	fixture_free(first);
 }
