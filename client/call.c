@@ -258,7 +258,10 @@ static int spin(struct kvg_client *client)
 	return 0;
 }
 
-/* Sleeps on the control socket, where everything that ends a wait arrives. */
+/*
+ * Sleeps on the control socket, where everything that ends a wait arrives. What arrived while it was spinning may have
+ * asked for something: then it goes on instead.
+ */
 static int doze(struct kvg_client *client)
 {
 	struct pollfd poll_fd = {.fd = client->socket, .events = POLLIN};
@@ -267,7 +270,7 @@ static int doze(struct kvg_client *client)
 
 	ring_set_sleeping(&client->ring, true);
 	r = peek_ready(client, &cqe);
-	if (r == 0 && !client_is_pressed(client) && poll(&poll_fd, 1, -1) < 0 && errno != EINTR)
+	if (r == 0 && !client_is_pressed(client) && !client_owes(client) && poll(&poll_fd, 1, -1) < 0 && errno != EINTR)
 		r = client_break(client, -errno, "control socket: %s", strerror(errno));
 	ring_set_sleeping(&client->ring, false);
 	return r < 0 ? r : client_receive(client);

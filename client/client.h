@@ -216,6 +216,9 @@ int client_relieve(struct kvg_client *client);
 /* Whether there is one that can be answered now. */
 bool client_is_pressed(const struct kvg_client *client);
 
+/* Whether an acknowledgement can go: whoever wants to sleep looks at both first. */
+bool client_owes(const struct kvg_client *client);
+
 /* ---- keys.c ---- */
 
 /* Keeps the digest of a gate's file (a sealed memfd) for the keys of contexts. 0 or a negative errno. */

@@ -120,7 +120,7 @@ static int wait_socket(struct kvg_client *client, short events)
 
 	if (client->entries)
 		ring_set_sleeping(&client->ring, true);
-	if (!client_is_pressed(client) && poll(&poll_fd, 1, -1) < 0 && errno != EINTR)
+	if (!client_is_pressed(client) && !client_owes(client) && poll(&poll_fd, 1, -1) < 0 && errno != EINTR)
 		return client_break(client, -errno, "control socket: %s", strerror(errno));
 	if (client->entries)
 		ring_set_sleeping(&client->ring, false);

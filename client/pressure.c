@@ -21,6 +21,12 @@ bool client_is_pressed(const struct kvg_client *client)
 	return client->entries && is_asked(client) && can_answer(client);
 }
 
+bool client_owes(const struct kvg_client *client)
+{
+	return client->entries && client->ack_sent != client->drop_event && !client->ack_in_flight &&
+	       client->ring.outstanding < client->ring.capacity;
+}
+
 int client_relieve(struct kvg_client *client)
 {
 	struct kvg_sqe sqe = {.op = KVG_OP_RELIEF};

@@ -104,6 +104,41 @@ static void answers_while_it_waits(void **state)
 	}
 }
 
+/* The eviction is completed only when what it dropped has been acknowledged. */
+static bool evict_after_acknowledgement(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
+{
+	(void)cqe;
+	if (sqe->op == KVG_OP_UNMAPPED)
+		peer_release(peer);
+	return sqe->op != KVG_OP_EVICT;
+}
+
+/* What was dropped while the worker was spinning is acknowledged before it sleeps, however long that may be. */
+static void acknowledges_before_it_sleeps(void **state)
+{
+	struct peer *peer = peer_new();
+	struct kvg_client *client;
+	uint32_t before;
+	uint64_t seq;
+
+	(void)state;
+	peer->tamper = evict_after_acknowledgement;
+	client = peer_connect(peer, 0);
+	assert_int_equal(kvg_create(client, &policy, &seq), 0);
+	assert_int_equal(kvg_reserve(client, seq, 40), 0);
+	assert_int_equal(kvg_commit(client, seq, 40), 0);
+	before = client->drop_event;
+	assert_int_equal(kvg_evict_async(client, seq, KVG_EVICT_PREFILL), 0);
+	while (client->drop_event == before) /* as a spinning client does */
+		assert_int_equal(client_receive(client), 0);
+	assert_int_not_equal(client->ack_sent, client->drop_event);
+	while (client->ack_done != client->drop_event)
+		assert_int_equal(client_wait(client), 0);
+	assert_int_equal(kvg_evict_finish(client, seq, NULL), 0);
+	end(client, peer);
+	peer_free(peer);
+}
+
 static bool hold_nops(struct peer *peer, const struct kvg_sqe *sqe, struct kvg_cqe *cqe)
 {
 	(void)peer;
@@ -143,6 +178,7 @@ int main(void)
 		cmocka_unit_test(answers_each_number_once),
 		cmocka_unit_test(acknowledges_before_it_answers),
 		cmocka_unit_test(answers_while_it_waits),
+		cmocka_unit_test(acknowledges_before_it_sleeps),
 		cmocka_unit_test(answers_when_the_ring_is_full),
 	};
 
