@@ -139,12 +139,12 @@ static void try_again(struct memory_wait *wait)
 	struct waiter *waiter = list_entry(wait, struct waiter, wait);
 	struct tenant *tenant = wait->tenant;
 
+	bool behind = wait->behind || (!wait->since_ns && wait->in_turn && reclaim_is_awaited(tenant));
+
 	waiter->asked++;
-	if (wait->behind || (!wait->since_ns && wait->in_turn && reclaim_is_awaited(tenant)))
-		reclaim_wait(tenant, wait);
-	else if (quota_charge(&tenant->quota, waiter->bytes, 0, "the waiter", waiter->text) >= 0)
+	if (!behind && quota_charge(&tenant->quota, waiter->bytes, 0, "the waiter", waiter->text) >= 0)
 		waiter->granted = true;
-	else if (!wait->expired && reclaim_want(tenant, waiter->bytes))
+	else if (behind || (!wait->expired && reclaim_want(tenant, waiter->bytes)))
 		reclaim_wait(tenant, wait);
 	else
 		waiter->refused = true;
