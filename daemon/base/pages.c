@@ -38,13 +38,19 @@ static int map_at(int fd, uint64_t offset, void *at, size_t size)
 	return 0;
 }
 
+static int populate_mapped(void *at, size_t size)
+{
+	while (madvise(at, size, MADV_POPULATE_WRITE) < 0)
+		if (errno != EINTR && errno != EAGAIN)
+			return errno == EFAULT ? -ENOSPC : -errno; /* the fault would have been a SIGBUS */
+	return 0;
+}
+
 static int touch(int fd, uint8_t *at)
 {
 	int r = map_at(fd, 0, at, PAGES_HUGE);
 
-	if (r >= 0)
-		*(volatile uint8_t *)at = 0;
-	return r;
+	return r < 0 ? r : populate_mapped(at, SMALL); /* a lack of memory is an error here as well */
 }
 
 bool pages_are_large(void)
@@ -59,14 +65,6 @@ bool pages_are_large(void)
 	if (fd >= 0)
 		(void)close(fd);
 	return large;
-}
-
-static int populate_mapped(void *at, size_t size)
-{
-	while (madvise(at, size, MADV_POPULATE_WRITE) < 0)
-		if (errno != EINTR && errno != EAGAIN)
-			return errno == EFAULT ? -ENOSPC : -errno; /* the fault would have been a SIGBUS */
-	return 0;
 }
 
 static int populate_apart(int fd, uint64_t offset, size_t size)
