@@ -10,6 +10,7 @@
 #define STRIPE_HELD  UINT32_MAX
 #define PLACES_ALIGN 128u
 #define SOME_BLOCKS  32u /* between two looks at the clock */
+#define SIDE         4u  /* blocks that are copied side by side */
 
 /* ---- shape ---- */
 
@@ -225,26 +226,41 @@ uint64_t image_copy_ns(const struct image *image)
 	return image->begun_ns ? loop_now() - image->begun_ns : 0;
 }
 
-static void copy(const struct image *image, uint8_t *at, uint8_t *in_image, uint32_t size)
-{
-	if (image->load)
-		kvg_stream_copy(at, in_image, size);
-	else
-		kvg_stream_copy(in_image, at, size);
-}
+/* Blocks that are copied side by side: where their halves are in the arena and in the image. */
+struct side {
+	unsigned count;
+	uint8_t *k[SIDE], *v[SIDE], *image_k[SIDE], *image_v[SIDE];
+};
 
-static void copy_block(const struct image_shape *shape, struct image *image, uint32_t id)
+static void take_side(const struct image_shape *shape, struct image *image, const uint32_t *ids, struct side *side)
 {
 	const struct arena *arena = image->arena;
-	uint8_t *k = arena->base + id * arena->stride, *v = k + arena->extent_size / 2;
-	uint8_t *in_image = host_cursor_take(&image->cursor, shape->unit);
 
-	copy(image, k, in_image, shape->k_half);
-	if (shape->units == 1)
-		in_image += shape->k_half;
-	else
-		in_image = host_cursor_take(&image->cursor, shape->unit);
-	copy(image, v, in_image, shape->v_half);
+	for (unsigned i = 0; i < side->count; i++) {
+		side->k[i] = arena->base + ids[i] * arena->stride;
+		side->v[i] = side->k[i] + arena->extent_size / 2;
+		side->image_k[i] = host_cursor_take(&image->cursor, shape->unit);
+		side->image_v[i] = shape->units == 1 ? side->image_k[i] + shape->k_half
+						     : host_cursor_take(&image->cursor, shape->unit);
+	}
+}
+
+static void copy_halves(bool load, uint8_t *const *at, uint8_t *const *in_image, unsigned count, size_t size)
+{
+	uint8_t *const *dst = load ? at : in_image, *const *src = load ? in_image : at;
+
+	kvg_stream_copies(dst, (const uint8_t *const *)src, count, size);
+}
+
+static void copy_blocks(const struct image_shape *shape, struct image *image, const uint32_t *ids, uint32_t count)
+{
+	for (uint32_t i = 0; i < count; i += SIDE) {
+		struct side side = {.count = count - i < SIDE ? count - i : SIDE};
+
+		take_side(shape, image, ids + i, &side);
+		copy_halves(image->load, side.k, side.image_k, side.count, shape->k_half);
+		copy_halves(image->load, side.v, side.image_v, side.count, shape->v_half);
+	}
 }
 
 static void copy_places(struct image *image, uint32_t id)
@@ -264,16 +280,13 @@ static void copy_some(const struct image_shape *shape, struct image *image)
 	uint32_t ids[SOME_BLOCKS], n = image_walk_next(image, ids, SOME_BLOCKS);
 	bool places = image->copied == image->blocks;
 
-	for (uint32_t i = 0; i < n; i++) {
-		if (places)
-			copy_places(image, ids[i]);
-		else
-			copy_block(shape, image, ids[i]);
-	}
 	if (places) {
+		for (uint32_t i = 0; i < n; i++)
+			copy_places(image, ids[i]);
 		image->placed += n;
 		return;
 	}
+	copy_blocks(shape, image, ids, n);
 	image->copied += n;
 	if (image->copied == image->blocks) {
 		image_walk_init(&image->walk);

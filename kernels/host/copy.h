@@ -10,9 +10,17 @@
 #define KVG_KERNELS_COPY_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* No overlap; any alignment, fastest where dst is at a multiple of 64. */
 void kvg_stream_copy(void *dst, const void *src, size_t size);
+
+/*
+ * `count` copies of `size` bytes each, side by side: a few at a time keep the memory busier than one by one, as long as
+ * their sources, or else their destinations, are few pages. No overlap; fastest where each dst and size are multiples
+ * of 64.
+ */
+void kvg_stream_copies(uint8_t *const *dst, const uint8_t *const *src, unsigned count, size_t size);
 
 /* Copies made so far by this thread are visible before anything that it stores from now on. */
 void kvg_stream_fence(void);

@@ -15,6 +15,7 @@
 
 #define KVG_SIMD_PAD       16  /* floats: rows that say "padded" have a multiple of this */
 #define KVG_SIMD_WIDTH_MAX 256 /* largest gate width d */
+#define KVG_SIMD_TURN      256 /* bytes of each of several copies in turn */
 
 /* The part of a gate that runs after the projections. */
 struct kvg_simd_gate {
@@ -62,8 +63,11 @@ struct kvg_simd {
 	/* out[r] += sum over k of p[r][k] * v[k], dim elements (padded); for few rows. */
 	void (*mix)(const float *p, size_t rows, size_t ld, const float *v, size_t keys, size_t dim, float *out);
 
-	/* Copies lines of 64 bytes around the caches; dst at a multiple of 64, size too. A fence is the caller's. */
-	void (*stream)(void *dst, const void *src, size_t size);
+	/*
+	 * `count` copies of `size` bytes each around the caches, side by side: KVG_SIMD_TURN bytes of each in turn. All
+	 * dst at multiples of 64, size too. A fence is the caller's.
+	 */
+	void (*streams)(uint8_t *const *dst, const uint8_t *const *src, unsigned count, size_t size);
 };
 
 /* The best table for this CPU. */

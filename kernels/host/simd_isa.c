@@ -280,24 +280,58 @@ static void mix(const float *p, size_t rows, size_t ld, const float *v, size_t k
 
 /* ---- copies ---- */
 
-static void stream_register(uint8_t *dst, const uint8_t *src)
+#define REGISTER (4 * LANES) /* bytes */
+
+#if LANES == 16
+typedef __m512i line_part;
+#elif LANES == 8
+typedef __m256i line_part;
+#else
+typedef __m128i line_part;
+#endif
+
+static line_part load_part(const uint8_t *src)
 {
 #if LANES == 16
-	_mm512_stream_si512((__m512i *)(void *)dst, _mm512_loadu_si512(src));
+	return _mm512_loadu_si512(src);
 #elif LANES == 8
-	_mm256_stream_si256((__m256i *)(void *)dst, _mm256_loadu_si256((const __m256i *)(const void *)src));
+	return _mm256_loadu_si256((const __m256i *)(const void *)src);
 #else
-	_mm_stream_si128((__m128i *)(void *)dst, _mm_loadu_si128((const __m128i *)(const void *)src));
+	return _mm_loadu_si128((const __m128i *)(const void *)src);
 #endif
 }
 
-static void stream(void *dst, const void *src, size_t size)
+static void stream_part(uint8_t *dst, line_part part)
 {
-	uint8_t *to = dst;
-	const uint8_t *from = src;
+#if LANES == 16
+	_mm512_stream_si512((__m512i *)(void *)dst, part);
+#elif LANES == 8
+	_mm256_stream_si256((__m256i *)(void *)dst, part);
+#else
+	_mm_stream_si128((__m128i *)(void *)dst, part);
+#endif
+}
 
-	for (size_t i = 0; i < size; i += 4 * LANES)
-		stream_register(to + i, from + i);
+/* All is read before it is written: loads and stores that alternate line by line cost a tenth. */
+static void stream_bytes(uint8_t *dst, const uint8_t *src, size_t size)
+{
+	line_part parts[KVG_SIMD_TURN / REGISTER];
+
+	for (size_t i = 0; i < size / REGISTER; i++)
+		parts[i] = load_part(src + i * REGISTER);
+	for (size_t i = 0; i < size / REGISTER; i++)
+		stream_part(dst + i * REGISTER, parts[i]);
+}
+
+static void streams(uint8_t *const *dst, const uint8_t *const *src, unsigned count, size_t size)
+{
+	size_t at = 0;
+
+	for (; at + KVG_SIMD_TURN <= size; at += KVG_SIMD_TURN)
+		for (unsigned i = 0; i < count; i++)
+			stream_bytes(dst[i] + at, src[i] + at, KVG_SIMD_TURN);
+	for (unsigned i = 0; i < count && at < size; i++)
+		stream_bytes(dst[i] + at, src[i] + at, size - at);
 }
 
 const struct kvg_simd KVG_SIMD_TABLE = {
@@ -311,5 +345,5 @@ const struct kvg_simd KVG_SIMD_TABLE = {
 	.scale = scale,
 	.dots = dots,
 	.mix = mix,
-	.stream = stream,
+	.streams = streams,
 };

@@ -63,9 +63,51 @@ static void test_every_instruction_set(void **state)
 	fill(&buffers);
 	for (unsigned i = 0; (simd = kvg_simd_at(i)); i++) {
 		memset(buffers.dst, 0xa5, SIZE + 2 * GUARD);
-		simd->stream(buffers.dst + 64, buffers.src + 7, 4096);
+		simd->streams(&(uint8_t *){buffers.dst + 64}, &(const uint8_t *){buffers.src + 7}, 1, 4096 + 192);
 		kvg_stream_fence();
-		check(&buffers, 64, 7, 4096);
+		check(&buffers, 64, 7, 4096 + 192);
+	}
+	free(buffers.src);
+	free(buffers.dst);
+}
+
+/* Copy i of several goes from i * 4096 + from to i * 4096 + to. */
+static void check_copies(const struct buffers *buffers, unsigned count, size_t to, size_t from, size_t size)
+{
+	size_t at = 0;
+
+	for (unsigned i = 0; i < count; i++) {
+		for (; at < i * 4096 + to; at++)
+			assert_int_equal(buffers->dst[at], 0xa5);
+		assert_memory_equal(buffers->dst + at, buffers->src + i * 4096 + from, size);
+		at += size;
+	}
+	for (; at < SIZE + 2 * GUARD; at++)
+		assert_int_equal(buffers->dst[at], 0xa5);
+}
+
+static void test_side_by_side(void **state)
+{
+	static const size_t sizes[] = {0, 64, 192, 511, 512, 704, 2048, 2049, 4032};
+	static const size_t places[] = {0, 16, 63};
+	struct buffers buffers;
+	uint8_t *dst[4];
+	const uint8_t *src[4];
+
+	(void)state;
+	fill(&buffers);
+	for (size_t n = 0; n < sizeof(sizes) / sizeof(*sizes) * 4 * 9; n++) {
+		size_t size = sizes[n / 36], to = places[n % 3], from = places[n / 3 % 3];
+		unsigned count = (unsigned)(n / 9 % 4 + 1);
+
+		for (unsigned i = 0; i < count; i++) {
+			dst[i] = buffers.dst + (size_t)i * 4096 + to;
+			src[i] = buffers.src + (size_t)i * 4096 + from;
+		}
+		memset(buffers.dst, 0xa5, SIZE + 2 * GUARD);
+		kvg_stream_copies(dst, src, count, size);
+		kvg_stream_fence();
+		check_copies(&buffers, count, to, from, size);
 	}
 	free(buffers.src);
 	free(buffers.dst);
@@ -76,6 +118,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_any_size_and_alignment),
 		cmocka_unit_test(test_every_instruction_set),
+		cmocka_unit_test(test_side_by_side),
 	};
 
 	return runner_run("kernels/copy", tests, sizeof(tests) / sizeof(*tests));
