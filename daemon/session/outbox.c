@@ -61,11 +61,16 @@ void outbox_deinit(struct outbox *outbox)
 	outbox_unwatch(outbox);
 }
 
+static bool is_full(const struct outbox *outbox, unsigned fd_count)
+{
+	return outbox->count == OUTBOX_PACKETS || outbox->fd_count + fd_count > OUTBOX_FDS;
+}
+
 static int enqueue(struct outbox *outbox, const uint8_t *data, size_t size, const int *fds, unsigned fd_count)
 {
 	struct packet *packet;
 
-	if (outbox->count == OUTBOX_PACKETS || outbox->fd_count + fd_count > OUTBOX_FDS)
+	if (is_full(outbox, fd_count))
 		return -EOVERFLOW;
 	packet = calloc(1, sizeof(*packet) + fd_count * sizeof(int));
 	if (!packet)
@@ -105,6 +110,14 @@ static int send_now(struct outbox *outbox, const void *data, size_t size, const 
 	return r;
 }
 
+/* Somebody calls outbox_flush() when the socket takes what is queued. */
+static int wait_for_peer(struct outbox *outbox)
+{
+	if (!outbox->loop || outbox->watch)
+		return 0;
+	return loop_watch_new(outbox->loop, outbox->fd, POLLOUT, outbox->writable, outbox->user, &outbox->watch);
+}
+
 int outbox_flush(struct outbox *outbox)
 {
 	while (!list_empty(&outbox->packets)) {
@@ -112,7 +125,7 @@ int outbox_flush(struct outbox *outbox)
 		int r = send_now(outbox, packet->data, packet->size, packet->fds, packet->fd_count);
 
 		if (r == -EAGAIN)
-			return 0;
+			return wait_for_peer(outbox);
 		if (r < 0)
 			return r;
 		outbox->count--;
@@ -123,23 +136,42 @@ int outbox_flush(struct outbox *outbox)
 	return 0;
 }
 
-int outbox_send(struct outbox *outbox, const ProtobufCMessage *message, const int *fds, unsigned fd_count)
+static int send_or_queue(struct outbox *outbox, const uint8_t *data, size_t size, const int *fds, unsigned fd_count)
+{
+	int r = outbox_flush(outbox);
+
+	if (r < 0)
+		return r;
+	r = list_empty(&outbox->packets) ? send_now(outbox, data, size, fds, fd_count) : -EAGAIN;
+	if (r != -EAGAIN)
+		return r;
+	r = enqueue(outbox, data, size, fds, fd_count);
+	return r < 0 ? r : wait_for_peer(outbox);
+}
+
+static int put(struct outbox *outbox, const ProtobufCMessage *message, const int *fds, unsigned fd_count, bool now)
 {
 	size_t size = protobuf_c_message_get_packed_size(message);
 	uint8_t *data = malloc(size ? size : 1);
-	int r = outbox_flush(outbox);
+	int r;
 
 	if (!data)
 		return -ENOMEM;
 	(void)protobuf_c_message_pack(message, data);
-	if (r >= 0 && list_empty(&outbox->packets))
-		r = send_now(outbox, data, size, fds, fd_count);
-	else if (r >= 0)
-		r = -EAGAIN;
-	if (r == -EAGAIN)
+	if (now || is_full(outbox, fd_count))
+		r = send_or_queue(outbox, data, size, fds, fd_count);
+	else
 		r = enqueue(outbox, data, size, fds, fd_count);
-	if (r >= 0 && !list_empty(&outbox->packets) && outbox->loop && !outbox->watch)
-		r = loop_watch_new(outbox->loop, outbox->fd, POLLOUT, outbox->writable, outbox->user, &outbox->watch);
 	free(data);
 	return r;
+}
+
+int outbox_send(struct outbox *outbox, const ProtobufCMessage *message, const int *fds, unsigned fd_count)
+{
+	return put(outbox, message, fds, fd_count, true);
+}
+
+int outbox_queue(struct outbox *outbox, const ProtobufCMessage *message, const int *fds, unsigned fd_count)
+{
+	return put(outbox, message, fds, fd_count, false);
 }

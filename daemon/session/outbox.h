@@ -1,6 +1,7 @@
 /*
  * outbox.h - replies and events on their way to one peer. Sends at once when
- * the socket takes it, queues otherwise, and gives up on a peer that lets too much pile up.
+ * the socket takes it, or at the end of the reactor's round what can wait until then, queues otherwise, and gives up on
+ * a peer that lets too much pile up.
  *
  * Descriptors that a peer has not received yet count against one limit of the whole daemon (RLIMIT_NOFILE,
  * unix(7)), so a peer that does not read may hold up only a few.
@@ -43,6 +44,12 @@ void outbox_unwatch(struct outbox *outbox);
 /* Sends or queues a message; descriptors are duplicated when queued. 0, -EOVERFLOW (the queue is full), or another
  * negative errno. */
 int outbox_send(struct outbox *outbox, const ProtobufCMessage *message, const int *fds, unsigned fd_count);
+
+/*
+ * Queues a message that somebody will soon send with outbox_flush(), or with what outbox_send() sends next; only when
+ * the queue is full it is sent at once. As outbox_send() otherwise.
+ */
+int outbox_queue(struct outbox *outbox, const ProtobufCMessage *message, const int *fds, unsigned fd_count);
 
 /* Sends what is queued as far as the socket takes it. 0 or a negative errno of the connection. */
 int outbox_flush(struct outbox *outbox);

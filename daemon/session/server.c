@@ -33,6 +33,8 @@ static bool poll_rings(void *user)
 		else if (!worker->dead && loop_now() - worker->last_work_ns > server->spin_ns)
 			let_rest(worker);
 	}
+	while ((node = list_pop(&server->unsent)))
+		worker_flush(list_entry(node, struct worker, unsent_node));
 	while ((node = list_pop(&server->dead))) {
 		worker_take_down(of_active(node));
 		worked = true;
@@ -43,7 +45,7 @@ static bool poll_rings(void *user)
 static bool going_to_sleep(void *user, bool going)
 {
 	struct server *server = user;
-	bool work = !list_empty(&server->dead);
+	bool work = !list_empty(&server->dead) || !list_empty(&server->unsent);
 
 	for (struct list *node = server->active.next; node != &server->active; node = node->next)
 		work |= ring_set_wakeup(&of_active(node)->ring, going) && going;
@@ -56,6 +58,7 @@ int server_start(struct server *server)
 {
 	list_init(&server->workers);
 	list_init(&server->active);
+	list_init(&server->unsent);
 	list_init(&server->dead);
 	server->started_ns = loop_now();
 	loop_set_spin(server->loop, server->spin_ns);

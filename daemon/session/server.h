@@ -18,6 +18,7 @@ struct server {
 	struct budgets *budgets; /* of the tenants, in the same order */
 	struct list workers;
 	struct list active; /* workers whose rings are polled; all others ring their doorbell */
+	struct list unsent; /* workers with events to send at the end of this round */
 	struct list dead;   /* workers to take down in this round */
 	unsigned worker_count;
 	uint64_t next_worker;

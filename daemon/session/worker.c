@@ -41,6 +41,7 @@ void worker_kill(struct worker *worker, const char *reason)
 		reply.goodbye = &goodbye;
 		(void)outbox_send(&worker->outbox, &reply.base, NULL, 0);
 	}
+	list_remove(&worker->unsent_node);
 	list_remove(&worker->active_node);
 	list_add_tail(&worker->server->dead, &worker->active_node);
 }
@@ -122,6 +123,28 @@ const char *worker_send_failure(int status)
 static void send_event(struct worker *worker, Kvg__WorkerReply *reply, const int *fds, unsigned fd_count)
 {
 	int r = worker->dead ? 0 : outbox_send(&worker->outbox, &reply->base, fds, fd_count);
+
+	if (r < 0)
+		worker_kill(worker, worker_send_failure(r));
+}
+
+/*
+ * At the end of the round: a peer that wakes for a packet may do so on this CPU, and what the reactor still has to
+ * start would wait for it. Completions say which events come before them (kvg_cqe.events).
+ */
+static void queue_event(struct worker *worker, Kvg__WorkerReply *reply, const int *fds, unsigned fd_count)
+{
+	int r = worker->dead ? 0 : outbox_queue(&worker->outbox, &reply->base, fds, fd_count);
+
+	if (r < 0)
+		worker_kill(worker, worker_send_failure(r));
+	else if (list_empty(&worker->unsent_node) && !worker->dead)
+		list_add_tail(&worker->server->unsent, &worker->unsent_node);
+}
+
+void worker_flush(struct worker *worker)
+{
+	int r = worker->dead ? 0 : outbox_flush(&worker->outbox);
 
 	if (r < 0)
 		worker_kill(worker, worker_send_failure(r));
@@ -214,7 +237,7 @@ static int extents_added(void *user, struct extent *const *extents, uint32_t cou
 	added.n_slots = count;
 	reply.body_case = KVG__WORKER_REPLY__BODY_EXTENTS_ADDED;
 	reply.extents_added = &added;
-	send_event(worker, &reply, fds, count);
+	queue_event(worker, &reply, fds, count);
 	(void)ring_count_event(&worker->ring);
 	return 0;
 }
@@ -230,7 +253,7 @@ static uint32_t extents_dropped(void *user, const uint32_t *slots, uint32_t coun
 	dropped.n_slots = count;
 	reply.body_case = KVG__WORKER_REPLY__BODY_EXTENTS_DROPPED;
 	reply.extents_dropped = &dropped;
-	send_event(worker, &reply, NULL, 0);
+	queue_event(worker, &reply, NULL, 0);
 	event = ring_count_event(&worker->ring);
 	pressure_dropped(worker, event);
 	return event;
@@ -370,8 +393,7 @@ static void socket_writable(void *user, uint32_t revents)
 	struct worker *worker = user;
 
 	(void)revents;
-	if (!worker->dead && outbox_flush(&worker->outbox) < 0)
-		worker_kill(worker, NULL);
+	worker_flush(worker);
 }
 
 /* A forked child may keep the socket open; the process itself is gone. */
@@ -421,6 +443,7 @@ int worker_new(struct server *server, struct tenant *tenant, int fd, const struc
 	worker->pidfd = worker->staging_fd = -1;
 	worker->ring = (struct ring){.fd = -1, .doorbell = -1};
 	list_init(&worker->active_node);
+	list_init(&worker->unsent_node);
 	list_init(&worker->free_requests);
 	outbox_init(&worker->outbox, fd);
 	list_add_tail(&server->workers, &worker->node);

@@ -20,6 +20,7 @@
 struct worker {
 	struct list node;        /* in the server's list */
 	struct list active_node; /* in `active` or `dead`, or alone */
+	struct list unsent_node; /* in `unsent`, or alone */
 	struct server *server;
 	struct tenant *tenant;
 	uint64_t id;
@@ -62,6 +63,9 @@ void worker_kill(struct worker *worker, const char *reason);
 
 /* The server's: takes a dead worker down. */
 void worker_take_down(struct worker *worker);
+
+/* The server's, at the end of a round: sends what was queued in it. */
+void worker_flush(struct worker *worker);
 
 /* Submits what the ring holds, up to a fair share. Returns whether there was anything. */
 bool worker_poll(struct worker *worker);

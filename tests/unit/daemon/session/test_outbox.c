@@ -44,7 +44,7 @@ static int ends_teardown(void **state)
 }
 
 /* Messages are numbered from 1. */
-static int send_fds(struct ends *ends, const int *fds, unsigned fd_count)
+static int put_fds(struct ends *ends, const int *fds, unsigned fd_count, bool now)
 {
 	Kvg__Wake wake = KVG__WAKE__INIT;
 	Kvg__WorkerReply reply = KVG__WORKER_REPLY__INIT;
@@ -54,9 +54,19 @@ static int send_fds(struct ends *ends, const int *fds, unsigned fd_count)
 	reply.id = ends->sent + 1;
 	reply.body_case = KVG__WORKER_REPLY__BODY_WAKE;
 	reply.wake = &wake;
-	r = outbox_send(&ends->outbox, &reply.base, fds, fd_count);
+	r = (now ? outbox_send : outbox_queue)(&ends->outbox, &reply.base, fds, fd_count);
 	ends->sent += r == 0;
 	return r;
+}
+
+static int send_fds(struct ends *ends, const int *fds, unsigned fd_count)
+{
+	return put_fds(ends, fds, fd_count, true);
+}
+
+static int queue_one(struct ends *ends)
+{
+	return put_fds(ends, NULL, 0, false);
 }
 
 static int send_one(struct ends *ends)
@@ -128,6 +138,42 @@ static void test_sends_at_once(void **state)
 	for (unsigned i = 0; i < 3; i++)
 		expect_fds(ends, 0);
 	assert_false(receive_one(ends, &frame));
+}
+
+static void test_queued_until_flushed(void **state)
+{
+	struct ends *ends = *state;
+	struct kvg_frame frame;
+
+	for (unsigned i = 0; i < 3; i++)
+		assert_int_equal(queue_one(ends), 0);
+	assert_false(receive_one(ends, &frame));
+	assert_int_equal(outbox_flush(&ends->outbox), 0);
+	for (unsigned i = 0; i < 3; i++)
+		expect_fds(ends, 0);
+	assert_int_equal(queue_one(ends), 0);
+	assert_false(receive_one(ends, &frame));
+	assert_int_equal(send_one(ends), 0); /* what is queued goes first */
+	expect_fds(ends, 0);
+	expect_fds(ends, 0);
+	assert_int_equal(ends->outbox.count, 0);
+}
+
+/* A queue that is full is sent, not refused, as long as the peer reads. */
+static void test_queue_past_its_limit(void **state)
+{
+	struct ends *ends = *state;
+
+	while (ends->outbox.count < OUTBOX_PACKETS)
+		assert_int_equal(queue_one(ends), 0);
+	assert_int_equal(queue_one(ends), 0);
+	assert_true(ends->outbox.count < OUTBOX_PACKETS);
+	while (ends->outbox.count) {
+		receive_all(ends);
+		assert_int_equal(outbox_flush(&ends->outbox), 0);
+	}
+	receive_all(ends);
+	assert_int_equal(ends->received, ends->sent);
 }
 
 static void test_order_across_full_socket(void **state)
@@ -453,6 +499,8 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		WITH_ENDS(test_sends_at_once),
+		WITH_ENDS(test_queued_until_flushed),
+		WITH_ENDS(test_queue_past_its_limit),
 		WITH_ENDS(test_order_across_full_socket),
 		WITH_ENDS(test_flush_in_parts),
 		WITH_ENDS(test_packet_limit),
