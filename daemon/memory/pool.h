@@ -146,7 +146,9 @@ struct extent_batch {
 	struct list extents;
 	struct list *next; /* the executor's: where it goes on, and */
 	uint64_t slice_ns; /* when it had its last turn */
-	uint32_t created;  /* of the part under way */
+	uint32_t created;  /* of the part under way, and */
+	uint64_t part_ns;  /* the time that it took */
+	uint32_t forget;   /* extents to destroy, the first ones, whose places go as well */
 	int64_t scrub;     /* number of the last scrub that was begun for it, or 0 */
 	uint32_t count;
 	int status;

@@ -39,14 +39,24 @@ uint64_t reserve_bytes(const struct reserve *reserve)
 	return reserve->pool ? (uint64_t)reserve->count * reserve->pool->extent_size : 0;
 }
 
-/* Extents that should be raw. */
+/* Extents that should be raw when so much is charged. */
+static uint32_t target_at(const struct reserve *reserve, uint64_t charged)
+{
+	uint64_t min = reserve->quota->account->min;
+
+	return min > charged ? (uint32_t)((min - charged) / reserve->pool->extent_size) : 0;
+}
+
 static uint32_t target(const struct reserve *reserve)
 {
-	const struct quota_account *account = reserve->quota->account;
+	return target_at(reserve, reserve->quota->account->charged);
+}
 
-	return account->min > account->charged
-		       ? (uint32_t)((account->min - account->charged) / reserve->pool->extent_size)
-		       : 0;
+uint32_t reserve_wants(const struct reserve *reserve, uint64_t bytes)
+{
+	uint64_t charged = reserve->quota->account->charged;
+
+	return target_at(reserve, charged > bytes ? charged - bytes : 0);
 }
 
 bool reserve_is_settled(const struct reserve *reserve)

@@ -65,6 +65,9 @@ struct reserve *reserve_of(const struct pool *pool, uint32_t tenant);
 /* Before extents of a size are added to a batch, charged already: what they leave no room for is destroyed. */
 void reserve_make_room(struct reserve *reserve, size_t extent_size);
 
+/* Extents that should be raw once `bytes` of what is charged have gone. */
+uint32_t reserve_wants(const struct reserve *reserve, uint64_t bytes);
+
 /* One raw extent, with its index and its memory, or NULL. */
 struct extent *reserve_take(struct reserve *reserve);
 

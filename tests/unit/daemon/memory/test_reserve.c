@@ -6,6 +6,7 @@
 #include <semaphore.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -327,6 +328,31 @@ static void test_more_than_min(void **state)
 	check(f, 5, 0);
 }
 
+static bool has_places(const struct fixture *f, uint32_t extent)
+{
+	unsigned char there;
+
+	assert_int_equal(mincore(meta_places(f->pool->meta, extent), 1, &there), 0);
+	return there & 1;
+}
+
+/* Places of what becomes raw again stay, those of other extents go. */
+static void test_places(void **state)
+{
+	struct fixture *f = *state;
+
+	set_min_and_wait(f, 4 * EXTENT);
+	for (unsigned round = 0; round < 3; round++) {
+		create(f, f->arena, 7);
+		for (uint32_t i = 0; i < EXTENTS; i++)
+			assert_int_equal(has_places(f, i), f->pool->extents[i] != NULL);
+		destroy(f);
+		check(f, 4, 0);
+		for (uint32_t i = 0; i < EXTENTS; i++)
+			assert_int_equal(has_places(f, i), f->pool->extents[i] != NULL);
+	}
+}
+
 /* Extents of another size: what they leave no room for goes before they come. */
 static void test_odd_extents(void **state)
 {
@@ -559,6 +585,7 @@ int main(void)
 		RESERVE_TEST(test_min_exists),
 		RESERVE_TEST(test_extents_are_made_of_it),
 		RESERVE_TEST(test_more_than_min),
+		RESERVE_TEST(test_places),
 		RESERVE_TEST(test_odd_extents),
 		RESERVE_TEST(test_the_whole_pool),
 		RESERVE_TEST(test_batches_wait_for_the_job),

@@ -259,12 +259,17 @@ static void test_unreturned_bytes_stay_charged(void **state)
 /* ---- the host has no memory ---- */
 
 static int creations_left;
+static uint64_t creation_ns; /* that each takes at least */
 
 static int (*real_create)(struct kind *kind, size_t size);
 static struct kind_ops failing_ops;
 
 static int failing_create(struct kind *kind, size_t size)
 {
+	const uint64_t until = loop_now() + creation_ns;
+
+	while (loop_now() < until)
+		;
 	return creations_left-- > 0 ? real_create(kind, size) : -ENOMEM;
 }
 
@@ -278,6 +283,7 @@ static struct kind *failing_kind(void)
 	failing_ops.create = failing_create;
 	kind->ops = &failing_ops;
 	creations_left = 1 << 20;
+	creation_ns = 0;
 	return kind;
 }
 
@@ -302,7 +308,7 @@ static void test_failed_creation_keeps_the_promise(void **state)
 	(void)kind_free(kind);
 }
 
-/* The worker gets many extents in parts; when a later part fails, those that it has got go back. */
+/* The worker gets many extents that take long in parts; when a later part fails, those that it has got go back. */
 static void test_extents_come_in_parts(void **state)
 {
 	struct kind *kind = failing_kind();
@@ -313,6 +319,7 @@ static void test_extents_come_in_parts(void **state)
 
 	(void)state;
 	assert_int_equal(account->promised, 20 * extent);
+	creation_ns = 600000; /* more than one turn of the executor */
 	creations_left = 10;
 	assert_int_equal(fixture_reserve(fixture, handle, tokens), -ENOMEM);
 	assert_int_equal(fixture->events, 2); /* eight came and went */
