@@ -27,21 +27,21 @@ static bool place_units(struct image *image, uint32_t unit, uint32_t count, stru
 {
 	struct segment *last = NULL;
 
-	for (uint32_t i = 0; i < count; i++) {
+	for (uint32_t i = 0, n; i < count; i += n) {
 		uint32_t before = image->cursor.frame;
-		uint8_t *at = host_cursor_take(&image->cursor, unit);
+		uint8_t *at = host_cursor_take_some(&image->cursor, unit, count - i, &n);
 
 		if (!at)
 			return false;
 		if (last && last->host + last->size == at &&
 			host_tier_is_together(image->tier, before, image->cursor.frame)) {
-			last->size += unit;
+			last->size += (size_t)n * unit;
 			continue;
 		}
 		if (cargo->segment_count == SEGMENTS)
 			return false;
 		last = &cargo->segments[cargo->segment_count++];
-		*last = (struct segment){.host = at, .offset = (size_t)i * unit, .size = unit};
+		*last = (struct segment){.host = at, .offset = (size_t)i * unit, .size = (size_t)n * unit};
 	}
 	return true;
 }
@@ -105,14 +105,15 @@ static CUresult cross(
 	const struct cuda_link *link, const struct cuda_window *window, const struct cargo *cargo, bool load)
 {
 	const struct kvg_cuda_driver *driver = link->cuda->driver;
+	CUstream lane = cuda_window_lane(link, window, load);
 	CUresult result = CUDA_SUCCESS;
 
 	for (uint32_t i = 0; result == CUDA_SUCCESS && i < cargo->segment_count; i++) {
 		const struct segment *segment = &cargo->segments[i];
 		CUdeviceptr staging = window->staging + segment->offset;
 
-		result = load ? driver->cuMemcpyHtoDAsync(staging, segment->host, segment->size, link->in)
-			      : driver->cuMemcpyDtoHAsync(segment->host, staging, segment->size, link->out);
+		result = load ? driver->cuMemcpyHtoDAsync(staging, segment->host, segment->size, lane)
+			      : driver->cuMemcpyDtoHAsync(segment->host, staging, segment->size, lane);
 	}
 	return result;
 }
@@ -130,27 +131,28 @@ static CUresult enqueue(struct cuda_transfer *transfer, struct cuda_window *wind
 {
 	const struct cuda_link *link = transfer->link;
 	bool load = transfer->request->image->load;
+	CUstream lane = cuda_window_lane(link, window, load);
 	CUresult result;
 
 	/* Ids that come in go ahead of the bytes that they belong to, or they queue up behind those of later windows.
 	 */
-	result = cuda_window_send(link, window, cargo->count * sizeof(uint32_t), load ? link->in : link->kernels);
+	result = cuda_window_send(link, window, cargo->count * sizeof(uint32_t), load ? lane : link->kernels);
 	if (result != CUDA_SUCCESS)
 		return result;
 	if (load) {
 		result = cross(link, window, cargo, load);
 		if (result == CUDA_SUCCESS)
-			result = order(link, window, link->in, link->kernels);
+			result = order(link, window, lane, link->kernels);
 		if (result == CUDA_SUCCESS)
 			result = run_kernel(transfer, window, cargo, load);
 		return result == CUDA_SUCCESS ? cuda_window_end(link, window, link->kernels) : result;
 	}
 	result = run_kernel(transfer, window, cargo, load);
 	if (result == CUDA_SUCCESS)
-		result = order(link, window, link->kernels, link->out);
+		result = order(link, window, link->kernels, lane);
 	if (result == CUDA_SUCCESS)
 		result = cross(link, window, cargo, load);
-	return result == CUDA_SUCCESS ? cuda_window_end(link, window, link->out) : result;
+	return result == CUDA_SUCCESS ? cuda_window_end(link, window, lane) : result;
 }
 
 static int next_window(struct cuda_transfer *transfer, struct cuda_window *window)

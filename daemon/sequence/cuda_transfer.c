@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #define WINDOWS  (sizeof(((struct cuda_link *)NULL)->windows) / sizeof(struct cuda_window))
+#define STREAMS  (2u * TRANSFER_LANES + 1)
 #define QUERY_NS 1000000u /* between questions to the driver about windows that are not over */
 
 /* ---- the link ---- */
@@ -58,17 +59,24 @@ static CUresult check_pointers(const struct kvg_cuda *cuda)
 	return result == CUDA_SUCCESS && !same ? CUDA_ERROR_NOT_SUPPORTED : result;
 }
 
+/* Those of the link, in the order in which work goes through: what comes in, kernels, what goes out. */
+static CUstream *stream_of(struct cuda_link *link, size_t i)
+{
+	if (i < TRANSFER_LANES)
+		return &link->in[i];
+	return i == TRANSFER_LANES ? &link->kernels : &link->out[i - TRANSFER_LANES - 1];
+}
+
 static CUresult link_init(struct cuda_link *link)
 {
 	const struct kvg_cuda_driver *driver = link->cuda->driver;
-	CUstream *streams[] = {&link->kernels, &link->out, &link->in};
 	int least = 0, greatest = 0;
 	CUresult result = driver->cuCtxGetStreamPriorityRange(&least, &greatest);
 
 	if (result == CUDA_SUCCESS)
 		result = check_pointers(link->cuda);
-	for (size_t i = 0; result == CUDA_SUCCESS && i < sizeof(streams) / sizeof(*streams); i++)
-		result = driver->cuStreamCreateWithPriority(streams[i], CU_STREAM_NON_BLOCKING, least);
+	for (size_t i = 0; result == CUDA_SUCCESS && i < STREAMS; i++)
+		result = driver->cuStreamCreateWithPriority(stream_of(link, i), CU_STREAM_NON_BLOCKING, least);
 	for (size_t i = 0; result == CUDA_SUCCESS && i < WINDOWS; i++)
 		result = window_init(driver, &link->windows[i]);
 	return result;
@@ -102,16 +110,20 @@ struct cuda_link *cuda_link_free(struct cuda_link *link)
 	if (!link)
 		return NULL;
 	driver = link->cuda->driver;
-	if (link->kernels)
-		(void)driver->cuStreamDestroy(link->kernels);
-	if (link->out)
-		(void)driver->cuStreamDestroy(link->out);
-	if (link->in)
-		(void)driver->cuStreamDestroy(link->in);
+	for (size_t i = 0; i < STREAMS; i++)
+		if (*stream_of(link, i))
+			(void)driver->cuStreamDestroy(*stream_of(link, i));
 	for (size_t i = 0; i < WINDOWS; i++)
 		window_deinit(driver, &link->windows[i]);
 	free(link);
 	return NULL;
+}
+
+CUstream cuda_window_lane(const struct cuda_link *link, const struct cuda_window *window, bool in)
+{
+	size_t lane = (size_t)(window - link->windows) % TRANSFER_LANES;
+
+	return in ? link->in[lane] : link->out[lane];
 }
 
 CUresult cuda_window_send(const struct cuda_link *link, const struct cuda_window *window, size_t size, CUstream stream)
@@ -159,11 +171,10 @@ static struct cuda_window *free_window(struct cuda_link *link)
 }
 
 /* What was enqueued of a window that failed may still use its memory. */
-static void wait_for_all(const struct cuda_link *link)
+static void wait_for_all(struct cuda_link *link)
 {
-	(void)link->cuda->driver->cuStreamSynchronize(link->in);
-	(void)link->cuda->driver->cuStreamSynchronize(link->kernels);
-	(void)link->cuda->driver->cuStreamSynchronize(link->out);
+	for (size_t i = 0; i < STREAMS; i++)
+		(void)link->cuda->driver->cuStreamSynchronize(*stream_of(link, i));
 }
 
 /* ---- transfers ---- */
@@ -223,15 +234,14 @@ static void go_on(struct cuda_transfer *transfer)
 /* The driver is asked now and then whether it has failed. */
 static int check_link(struct cuda_link *link)
 {
-	const CUstream streams[] = {link->kernels, link->out, link->in};
 	uint64_t now = loop_now();
 	int r = 0;
 
 	if (now - link->asked_ns < QUERY_NS)
 		return 0;
 	link->asked_ns = now;
-	for (size_t i = 0; r == 0 && i < sizeof(streams) / sizeof(*streams); i++) {
-		CUresult result = link->cuda->driver->cuStreamQuery(streams[i]);
+	for (size_t i = 0; r == 0 && i < STREAMS; i++) {
+		CUresult result = link->cuda->driver->cuStreamQuery(*stream_of(link, i));
 
 		if (result != CUDA_ERROR_NOT_READY)
 			r = cuda_link_status(link, result, "the link's streams");

@@ -19,7 +19,8 @@
 
 #define TRANSFER_BYTES  ((size_t)16 << 20) /* of a window */
 #define TRANSFER_UPLOAD ((size_t)1 << 20)  /* what may be sent to its kernel with it */
-#define TRANSFER_GRID   16u                /* blocks of threads of each kernel */
+#define TRANSFER_LANES  2u  /* streams of each direction: one has its next copy ready when the other ends */
+#define TRANSFER_GRID   16u /* blocks of threads of each kernel */
 
 struct cuda_window {
 	struct cuda_transfer *owner; /* NULL: free */
@@ -35,7 +36,7 @@ struct cuda_link {
 	const struct kvg_cuda *cuda;
 	const struct kvg_cuda_copy *copy;
 	const struct kvg_cuda_tier *tier;
-	CUstream kernels, out, in; /* out and in: of the copy engines */
+	CUstream kernels, out[TRANSFER_LANES], in[TRANSFER_LANES]; /* out and in: of the copy engines */
 	struct cuda_window windows[4];
 	struct list transfers;
 	uint64_t turn; /* number of the last one */
@@ -80,6 +81,9 @@ int cuda_transfer_start(struct request *request,
 
 /* Whether it is over: then request->job_status is set, and nothing of it is left. */
 bool cuda_transfer_poll(struct request *request);
+
+/* The stream on which the window crosses the link. */
+CUstream cuda_window_lane(const struct cuda_link *link, const struct cuda_window *window, bool in);
 
 /* Enqueues sending the first `size` bytes of the window's upload, on a stream that its kernel comes after. */
 CUresult cuda_window_send(const struct cuda_link *link, const struct cuda_window *window, size_t size, CUstream stream);

@@ -277,9 +277,10 @@ struct turns *host_tier_turns(struct host_tier *tier)
 
 /* ---- cursors ---- */
 
-uint8_t *host_cursor_take(struct host_cursor *cursor, uint32_t size)
+uint8_t *host_cursor_take_some(struct host_cursor *cursor, uint32_t size, uint32_t most, uint32_t *ret_count)
 {
 	uint8_t *at;
+	uint32_t fit;
 
 	if (cursor->frame && cursor->offset + size > cursor->tier->frame_size) {
 		cursor->frame = host_tier_next(cursor->tier, cursor->frame);
@@ -287,9 +288,18 @@ uint8_t *host_cursor_take(struct host_cursor *cursor, uint32_t size)
 	}
 	if (!cursor->frame)
 		return NULL;
+	fit = (cursor->tier->frame_size - cursor->offset) / size;
+	*ret_count = fit < most ? fit : most;
 	at = host_tier_at(cursor->tier, cursor->frame) + cursor->offset;
-	cursor->offset += size;
+	cursor->offset += *ret_count * size;
 	return at;
+}
+
+uint8_t *host_cursor_take(struct host_cursor *cursor, uint32_t size)
+{
+	uint32_t one;
+
+	return host_cursor_take_some(cursor, size, 1, &one);
 }
 
 uint32_t host_tier_frames(const struct host_tier *tier, uint64_t count, uint32_t size)

@@ -93,6 +93,9 @@ static inline struct host_cursor host_cursor(const struct host_tier *tier, uint3
 /* The place of the next unit of `size` bytes (at most a frame's); NULL past the end of the chain. */
 uint8_t *host_cursor_take(struct host_cursor *cursor, uint32_t size);
 
+/* The place of the next units that lie together, `most` (> 0) at most, and how many; NULL past the end. */
+uint8_t *host_cursor_take_some(struct host_cursor *cursor, uint32_t size, uint32_t most, uint32_t *ret_count);
+
 /* Frames that `count` units of `size` bytes need from the beginning of a frame on. */
 uint32_t host_tier_frames(const struct host_tier *tier, uint64_t count, uint32_t size);
 

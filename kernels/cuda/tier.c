@@ -74,12 +74,18 @@ CUresult kvg_cuda_tier_blocks(const struct kvg_cuda_tier *tier, const struct kvg
 	return launch(tier, BLOCKS, count, grid, stream, &args);
 }
 
+/* Of 16 blocks each: copy_pairs() of tier.cu. */
+static uint64_t pair_units(uint32_t count)
+{
+	return ((uint64_t)count + 15) / 16;
+}
+
 CUresult kvg_cuda_tier_pairs_gather(const struct kvg_cuda_tier *tier, const struct kvg_cuda_area *area,
 	const uint32_t *ids, uint32_t count, struct kvg_cuda_pair *packed, uint32_t grid, CUstream stream)
 {
 	struct kvg_tier_pairs_args args = {.at = kvg_evict_area_of(area), .ids = ids, .count = count, .packed = packed};
 
-	return launch(tier, PAIRS_GATHER, ((uint64_t)count + 1) / 2, grid, stream, &args);
+	return launch(tier, PAIRS_GATHER, pair_units(count), grid, stream, &args);
 }
 
 CUresult kvg_cuda_tier_pairs_scatter(const struct kvg_cuda_tier *tier, const struct kvg_cuda_area *area,
@@ -90,7 +96,7 @@ CUresult kvg_cuda_tier_pairs_scatter(const struct kvg_cuda_tier *tier, const str
 		.count = count,
 		.packed = (struct kvg_cuda_pair *)(uintptr_t)packed};
 
-	return launch(tier, PAIRS_SCATTER, ((uint64_t)count + 1) / 2, grid, stream, &args);
+	return launch(tier, PAIRS_SCATTER, pair_units(count), grid, stream, &args);
 }
 
 CUresult kvg_cuda_tier_collect(const struct kvg_cuda_tier *tier, const struct kvg_cuda_area *area,

@@ -41,24 +41,37 @@ extern "C" __global__ void __launch_bounds__(KVG_EVICT_THREADS)
 	}
 }
 
-/* ---- what is known of the pairs of whole blocks: a warp has two blocks at a time ---- */
+/*
+ * ---- what is known of the pairs of whole blocks: a warp has two blocks in each of several loads, all of which are
+ * under way before the first store ----
+ */
+
+constexpr uint32_t PAIRS_DEEP = 8, PAIRS_UNIT = 2 * PAIRS_DEEP;
 
 template <bool GATHER> __device__ static void copy_pairs(const kvg_tier_pairs_args &args)
 {
-	uint32_t place = threadIdx.x % KVG_CUDA_PLACES;
+	uint32_t block = threadIdx.x / KVG_CUDA_PLACES % 2, place = threadIdx.x % KVG_CUDA_PLACES;
 
-	for (uint32_t unit = first_unit(); unit < (args.count + 1) / 2; unit += unit_step()) {
-		uint32_t i = 2 * unit + threadIdx.x / KVG_CUDA_PLACES % 2;
+	for (uint32_t unit = first_unit(); unit <= args.count / PAIRS_UNIT; unit += unit_step()) {
+		uint2 pairs[PAIRS_DEEP], *to[PAIRS_DEEP];
 
-		if (i >= args.count)
-			continue;
-		uint2 *packed = reinterpret_cast<uint2 *>(args.packed + (size_t)i * KVG_CUDA_PLACES + place);
-		uint2 *pair = reinterpret_cast<uint2 *>(evict_pairs(args.at, args.ids[i]) + place);
+#pragma unroll
+		for (uint32_t j = 0; j < PAIRS_DEEP; j++) {
+			uint32_t i = unit * PAIRS_UNIT + 2 * j + block;
+			uint2 *packed = reinterpret_cast<uint2 *>(args.packed + (size_t)i * KVG_CUDA_PLACES + place),
+			      *pair;
 
-		if (GATHER)
-			*packed = *pair;
-		else
-			*pair = *packed;
+			to[j] = NULL;
+			if (i >= args.count)
+				continue;
+			pair = reinterpret_cast<uint2 *>(evict_pairs(args.at, args.ids[i]) + place);
+			pairs[j] = GATHER ? *pair : *packed;
+			to[j] = GATHER ? packed : pair;
+		}
+#pragma unroll
+		for (uint32_t j = 0; j < PAIRS_DEEP; j++)
+			if (to[j])
+				*to[j] = pairs[j];
 	}
 }
 

@@ -204,6 +204,7 @@ static void test_cursor(void **state)
 {
 	struct fixture f;
 	struct host_cursor cursor;
+	uint32_t count;
 	uint32_t a;
 
 	(void)state;
@@ -221,6 +222,16 @@ static void test_cursor(void **state)
 		host_cursor_take(&cursor, 40 << 10), host_tier_at(f.tier, host_tier_next(f.tier, a)) + (24 << 10));
 	assert_null(host_cursor_take(&cursor, 1));
 	assert_null(host_cursor_take(&cursor, 1));
+	assert_null(host_cursor_take_some(&cursor, 1, 1, &count));
+	cursor = host_cursor(f.tier, a);
+	assert_ptr_equal(host_cursor_take_some(&cursor, 24 << 10, 1, &count), host_tier_at(f.tier, a));
+	assert_int_equal(count, 1);
+	assert_ptr_equal(host_cursor_take_some(&cursor, 8 << 10, 9, &count), host_tier_at(f.tier, a) + (24 << 10));
+	assert_int_equal(count, 5);
+	assert_ptr_equal(
+		host_cursor_take_some(&cursor, 24 << 10, 9, &count), host_tier_at(f.tier, host_tier_next(f.tier, a)));
+	assert_int_equal(count, 2);
+	assert_null(host_cursor_take_some(&cursor, 24 << 10, 1, &count));
 	give(&f, 0, a);
 	fixture_close(&f);
 }
