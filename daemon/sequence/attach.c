@@ -294,15 +294,9 @@ static void attached(struct request *request)
 	compute_publish(request, request_finish);
 }
 
-static void copied(struct job *job)
+static void copied(struct request *request)
 {
-	struct request *request = list_entry(job, struct request, job);
-
-	if (space_job_ended(request->space) || space_job_lost(request))
-		return;
-	if (request->copy.done < request->copy.count)
-		compute_submit(request, request->space->compute->copy, copied);
-	else
+	if (!space_job_ended(request->space) && !space_job_lost(request))
 		attached(request);
 }
 
@@ -339,7 +333,7 @@ static void tails_taken(struct request *request)
 	bool copies = request->copy.count > 0;
 
 	if (copies) /* beside what follows */
-		compute_submit(request, request->space->compute->copy, copied);
+		compute_copy_blocks(request, copied);
 	fill_rows(request);
 	context_write_rows(child);
 	if (!copies)

@@ -69,6 +69,27 @@ void compute_submit(struct request *request, int (*launch)(struct request *), vo
 	space_submit_job(request, ops->poll ? run_later : run_now, ops->poll, done);
 }
 
+/* ---- copies of blocks ---- */
+
+static void slice_done(struct job *job)
+{
+	struct request *request = list_entry(job, struct request, job);
+	bool dying = atomic_load_explicit(&request->space->dying, memory_order_relaxed);
+
+	if (request->job_status < 0 || dying || request->copy.done >= request->copy.count) {
+		request->after(request);
+		return;
+	}
+	(void)space_job_ended(request->space);
+	compute_submit(request, request->space->compute->copy, slice_done);
+}
+
+void compute_copy_blocks(struct request *request, void (*ended)(struct request *))
+{
+	request->after = ended;
+	compute_submit(request, request->space->compute->copy, slice_done);
+}
+
 /* ---- publish ---- */
 
 static void publish_done(struct job *job)

@@ -33,9 +33,10 @@ struct compute_ops {
 	bool creates_ahead;  /* creating extents takes so long that it is done before they are needed */
 	int (*score)(struct request *request); /* STAGE: a slice of the rows, from request->layer and row on */
 	/*
-	 * A slice of request->copy: whole blocks, K and V (nothing where src is dst), and copy.done grows by them.
-	 * Places of the first copy.places destinations become {pos 0, score 1}, for a context's pairs count as prefix;
-	 * of the others nobody will ask. NULL: this kind has no contexts.
+	 * A slice of request->copy, of one block at least (compute_copy_blocks() starts the next): whole blocks, K and
+	 * V (nothing where src is dst), and copy.done grows by them. Places of the first copy.places destinations
+	 * become {pos 0, score 1}, for a context's pairs count as prefix; of the others nobody will ask. NULL: this
+	 * kind has no contexts.
 	 */
 	int (*copy)(struct request *request);
 	int (*publish)(struct request *request); /* rows and lengths that request->publish names; NULL: nothing to do */
@@ -67,6 +68,13 @@ int compute_start(struct kind *kind, char *text, size_t text_size);
 
 /* Runs launch(request) on the executor, then done() on the reactor; its status is in request->job_status. */
 void compute_submit(struct request *request, int (*launch)(struct request *), void (*done)(struct job *));
+
+/*
+ * Copies all of request->copy, slice by slice (copy() above), then calls ended(request) once: with job_status negative
+ * and blocks missing when a slice failed; with blocks missing as well when the space is dying. To the caller it is one
+ * job, whose end ended() is: it begins with space_job_ended(), or with what must go before that.
+ */
+void compute_copy_blocks(struct request *request, void (*ended)(struct request *));
 
 /* Publishes what request->publish names, then calls after(request); at once where there is nothing to do. */
 void compute_publish(struct request *request, void (*after)(struct request *));

@@ -181,15 +181,9 @@ static void forked(struct request *request)
 	compute_publish(request, parent_published);
 }
 
-static void copied(struct job *job)
+static void copied(struct request *request)
 {
-	struct request *request = list_entry(job, struct request, job);
-
-	if (space_job_ended(request->space) || space_job_lost(request))
-		return;
-	if (request->copy.done < request->copy.count)
-		compute_submit(request, request->space->compute->copy, copied);
-	else
+	if (!space_job_ended(request->space) && !space_job_lost(request))
 		forked(request);
 }
 
@@ -270,7 +264,7 @@ static void tails_taken(struct request *request)
 	keep_update(child);
 	context_write_rows(child);
 	if (request->copy.count)
-		compute_submit(request, request->space->compute->copy, copied);
+		compute_copy_blocks(request, copied);
 	else
 		forked(request);
 }

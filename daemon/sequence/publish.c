@@ -47,16 +47,10 @@ static void put_tails(struct sequence *sequence, const uint32_t *ids)
 	keep_update(sequence);
 }
 
-static void tails_moved(struct job *job)
+static void tails_moved(struct request *request)
 {
-	struct request *request = list_entry(job, struct request, job);
-
 	if (space_job_ended(request->space) || space_job_lost(request))
 		return;
-	if (request->copy.done < request->copy.count) {
-		compute_submit(request, request->space->compute->copy, tails_moved);
-		return;
-	}
 	put_tails(request->sequence, request->copy.dst);
 	block_copy_deinit(&request->copy);
 	published(request);
@@ -110,7 +104,7 @@ static void gather_tails(struct request *request)
 		copy->src[n] = held[0];
 		held[1] = copy->dst[n++];
 	}
-	compute_submit(request, space->compute->copy, tails_moved);
+	compute_copy_blocks(request, tails_moved);
 }
 
 static void adopted(struct request *request, struct context *context, bool existed)
@@ -156,18 +150,13 @@ static bool lengths_agree(const struct sequence *sequence, const struct context 
 	return true;
 }
 
-static void existing_sealed(struct job *job)
+static void existing_sealed(struct request *request)
 {
-	struct request *request = list_entry(job, struct request, job);
 	struct context *context = request->context;
 
 	if (space_job_ended(request->space)) {
 		request->context = NULL;
 		context_let_go(context);
-		return;
-	}
-	if (request->job_status >= 0 && request->copy.done < request->copy.count) {
-		compute_submit(request, request->space->compute->copy, existing_sealed);
 		return;
 	}
 	request->context = NULL;
@@ -199,7 +188,7 @@ static void join_existing(struct request *request, struct context *context)
 		return;
 	}
 	list_own_tails(sequence, &request->copy, 0);
-	compute_submit(request, request->space->compute->copy, existing_sealed);
+	compute_copy_blocks(request, existing_sealed);
 }
 
 /* ---- a new context ---- */
@@ -229,9 +218,8 @@ static bool goes_on(struct request *request)
 	return !space_job_ended(request->space) && !dying;
 }
 
-static void copied(struct job *job)
+static void copied(struct request *request)
 {
-	struct request *request = list_entry(job, struct request, job);
 	struct context *context = request->context;
 
 	if (!goes_on(request))
@@ -239,10 +227,6 @@ static void copied(struct job *job)
 	if (request->job_status < 0) {
 		(void)snprintf(request->text, sizeof(request->text), "publish: %s", strerror(-request->job_status));
 		give_up(request, request->job_status);
-		return;
-	}
-	if (request->copy.done < request->copy.count) {
-		compute_submit(request, request->space->compute->copy, copied);
 		return;
 	}
 	request->context = NULL;
@@ -303,7 +287,7 @@ static void fill(struct request *request)
 	blocks_take(&context->blocks, &context->blocks.shared, META_HELD, copy->count - copy->places, 0,
 		copy->dst + copy->places);
 	list_copies(request);
-	compute_submit(request, request->space->compute->copy, copied);
+	compute_copy_blocks(request, copied);
 }
 
 static void created(struct extent_batch *batch)

@@ -1,7 +1,11 @@
-/* Waits for a worker's stream: how many the executor looks at, how often it asks, and when they end. */
+/*
+ * Waits for a worker's stream: how many the executor looks at, how often it asks, and when they end. Copies of blocks:
+ * slice by slice, to the last block or to the end of the space.
+ */
 #include "daemon/sequence/compute.h"
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "tests/support/space_fixture.h"
@@ -153,6 +157,108 @@ static void test_events_are_asked_for_now_and_then(void **state)
 	end(fixture);
 }
 
+/* ---- copies of blocks ---- */
+
+enum { SLICE = 3 };
+
+/* A request whose blocks are copied, and what has come of it. */
+struct copying {
+	struct request request;
+	atomic_uint slices;
+	unsigned ends;
+	unsigned fails_at; /* this slice; 0: none does */
+	bool lost;         /* the space was dying at its end */
+};
+
+static int some_blocks(struct request *request)
+{
+	struct copying *copying = list_entry(request, struct copying, request);
+	struct block_copy *copy = &request->copy;
+	uint32_t left = copy->count - copy->done;
+
+	if (++copying->slices == copying->fails_at)
+		return -EIO;
+	copy->done += left < SLICE ? left : SLICE;
+	return 0;
+}
+
+static void copy_ended(struct request *request)
+{
+	struct copying *copying = list_entry(request, struct copying, request);
+
+	copying->ends++;
+	copying->lost = space_job_ended(request->space);
+}
+
+static void copy_blocks(struct fixture *fixture, struct copying *copying, uint32_t count)
+{
+	ops.copy = some_blocks;
+	copying->request.space = fixture->space;
+	copying->request.copy.count = count;
+	compute_copy_blocks(&copying->request, copy_ended);
+	assert_int_equal(copying->ends, 0);
+	assert_int_equal(fixture->space->jobs, 1);
+}
+
+static void test_blocks_in_slices(void **state)
+{
+	static const uint32_t counts[] = {0, 1, SLICE, SLICE + 1, 4 * SLICE - 1};
+	struct fixture *fixture = begin(NULL);
+
+	(void)state;
+	for (unsigned i = 0; i < sizeof(counts) / sizeof(counts[0]); i++) {
+		struct copying copying = {0};
+
+		copy_blocks(fixture, &copying, counts[i]);
+		while (executor_pending(fixture->executor))
+			fixture_turn(fixture);
+		assert_int_equal(copying.ends, 1);
+		assert_false(copying.lost);
+		assert_int_equal(copying.request.job_status, 0);
+		assert_int_equal(copying.request.copy.done, counts[i]);
+		assert_int_equal(copying.slices, counts[i] ? (counts[i] + SLICE - 1) / SLICE : 1);
+		assert_int_equal(fixture->space->jobs, 0);
+	}
+	end(fixture);
+}
+
+static void test_a_slice_fails(void **state)
+{
+	struct fixture *fixture = begin(NULL);
+	struct copying copying = {.fails_at = 2};
+
+	(void)state;
+	copy_blocks(fixture, &copying, 5 * SLICE);
+	while (executor_pending(fixture->executor))
+		fixture_turn(fixture);
+	assert_int_equal(copying.ends, 1);
+	assert_false(copying.lost);
+	assert_int_equal(copying.request.job_status, -EIO);
+	assert_int_equal(copying.slices, 2);
+	assert_int_equal(copying.request.copy.done, SLICE);
+	assert_int_equal(fixture->space->jobs, 0);
+	end(fixture);
+}
+
+/* The space closes when the slice under way has ended, and no other begins. */
+static void test_end_between_slices(void **state)
+{
+	struct fixture *fixture = begin(NULL);
+	struct copying copying = {0};
+
+	(void)state;
+	copy_blocks(fixture, &copying, 200000 * SLICE);
+	while (copying.slices < 3 && !copying.ends)
+		fixture_turn(fixture);
+	assert_int_equal(copying.ends, 0);
+	fixture_kill(fixture);
+	assert_int_equal(copying.ends, 1);
+	assert_true(copying.lost);
+	assert_in_range(copying.request.copy.done, 3 * SLICE, copying.request.copy.count - SLICE);
+	assert_int_equal(executor_pending(fixture->executor), 0);
+	end(fixture);
+}
+
 static void test_start_without_a_device(void **state)
 {
 	struct kind *kind = NULL;
@@ -173,6 +279,9 @@ int main(void)
 		cmocka_unit_test(test_deadline_of_queued_waits),
 		cmocka_unit_test(test_end_with_queued_waits),
 		cmocka_unit_test(test_events_are_asked_for_now_and_then),
+		cmocka_unit_test(test_blocks_in_slices),
+		cmocka_unit_test(test_a_slice_fails),
+		cmocka_unit_test(test_end_between_slices),
 		cmocka_unit_test(test_start_without_a_device),
 	};
 
