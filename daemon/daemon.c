@@ -294,7 +294,8 @@ static int start_budgets(struct daemon *daemon)
 			(enum tenant_tier)(i % TENANT_TIERS));
 	if (r < 0)
 		return r;
-	r = budgets_new(server->tenants, server->tenant_count, daemon->options->state_dir, &server->budgets);
+	r = budgets_new(
+		server->loop, server->tenants, server->tenant_count, daemon->options->state_dir, &server->budgets);
 	if (r < 0) {
 		log_error("budgets: %s", strerror(-r));
 		return r;
@@ -541,11 +542,11 @@ static void stop(struct daemon *daemon)
 	server_end(server);
 	for (size_t i = 0; i < server->tenant_count; i++)
 		context_forget_all(server->tenants[i]);
+	server->budgets = budgets_free(server->budgets);
 	reclaim_deinit(&server->reclaim);
 	if (server->pool)
 		reserve_stop_all(server->pool);
 	server->executor = executor_free(server->executor);
-	server->budgets = budgets_free(server->budgets);
 	server->tier = host_tier_free(server->tier);
 	server->pool = pool_free(server->pool);
 	if (!daemon->options->kind)

@@ -614,31 +614,17 @@ static void on_budget_set(struct admin_peer *peer, uint64_t id, const Kvg__Budge
 		.set = {set->has_device_min, set->has_device_high, set->has_device_max, set->has_host_min,
 			set->has_host_high, set->has_host_max}};
 	struct tenant *tenant = named_tenant(peer, id, set->tenant);
-	char text[BUDGET_TEXT];
-	int r;
 
-	if (!tenant)
-		return;
-	r = budgets_set(peer->admin->server->budgets, tenant->index, &values, text);
-	if (r < 0)
-		reply_error(peer, id, r, text);
-	else
-		admin_settle_budget(peer, id, tenant);
+	if (tenant)
+		admin_settle_budget(peer, id, tenant, &values);
 }
 
 static void on_budget_reset(struct admin_peer *peer, uint64_t id, const char *name)
 {
 	struct tenant *tenant = named_tenant(peer, id, name);
-	char text[BUDGET_TEXT];
-	int r;
 
-	if (!tenant)
-		return;
-	r = budgets_reset(peer->admin->server->budgets, tenant->index, text);
-	if (r < 0)
-		reply_error(peer, id, r, text);
-	else
-		admin_settle_budget(peer, id, tenant);
+	if (tenant)
+		admin_settle_budget(peer, id, tenant, NULL);
 }
 
 static void on_reclaim(struct admin_peer *peer, uint64_t id, const Kvg__Reclaim *reclaim)

@@ -29,13 +29,14 @@ void admin_work_forget(const struct admin_peer *peer);
 void admin_send_budget(struct admin_peer *peer, uint64_t id, const struct tenant *tenant, const char *standing);
 
 /*
- * admin_settle.c: answered when the memory that has to come back has, or none is on its way: a budget that was set,
- * and a reclaim of so many bytes.
+ * admin_settle.c: answered when the memory that has to come back has, or none is on its way: a budget, which is set
+ * first (values NULL: reset), and a reclaim of so many bytes.
  */
-void admin_settle_budget(struct admin_peer *peer, uint64_t id, struct tenant *tenant);
+void admin_settle_budget(
+	struct admin_peer *peer, uint64_t id, struct tenant *tenant, const struct budget_values *values);
 void admin_settle_reclaim(struct admin_peer *peer, uint64_t id, struct tenant *tenant, uint64_t bytes);
 
-/* The connection ends: nobody is answered. The admin ends: nobody waits. */
+/* The connection ends: nobody is answered. The admin ends: nobody waits; a budget is still set. */
 void admin_settle_forget(const struct admin_peer *peer);
 void admin_settle_deinit(struct admin *admin);
 

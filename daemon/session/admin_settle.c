@@ -1,4 +1,4 @@
-/* What an operator asks for that takes until memory has come back: a lower budget, and a reclaim. */
+/* What an operator asks for that takes until memory has come back: a budget, and a reclaim. */
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -19,6 +19,8 @@ struct settle {
 	struct memory_wait wait;
 	bool (*is_over)(struct settle *settle); /* whether there is nothing to wait for any more */
 	void (*answer)(struct settle *settle);
+	struct budget_change change;
+	bool changing; /* change is under way */
 	uint64_t begun, host_before;
 	uint32_t counts[RECLAIM_KINDS];
 };
@@ -81,7 +83,10 @@ void admin_settle_deinit(struct admin *admin)
 		struct settle *settle = list_entry(admin->settles.next, struct settle, node);
 
 		settle->peer = NULL;
-		settle_end(settle);
+		if (settle->changing)
+			list_remove(&settle->node); /* it ends with the change */
+		else
+			settle_end(settle);
 	}
 }
 
@@ -157,7 +162,27 @@ static void answer_budget(struct settle *settle)
 	admin_send_budget(settle->peer, settle->id, settle->tenant, standing[0] ? standing : NULL);
 }
 
-void admin_settle_budget(struct admin_peer *peer, uint64_t id, struct tenant *tenant)
+static void refuse_budget(struct settle *settle)
+{
+	admin_refuse(settle->peer, settle->id, settle->change.status, settle->change.text);
+}
+
+static void budget_changed(struct budget_change *change)
+{
+	struct settle *settle = list_entry(change, struct settle, change);
+
+	settle->changing = false;
+	if (change->status < 0) {
+		settle->answer = refuse_budget;
+		settle_end(settle);
+		return;
+	}
+	reclaim_wake(settle->tenant); /* a higher budget lets in who waits */
+	go_on(settle);
+}
+
+void admin_settle_budget(
+	struct admin_peer *peer, uint64_t id, struct tenant *tenant, const struct budget_values *values)
 {
 	struct settle *settle = settle_new(peer, id, tenant);
 
@@ -165,8 +190,11 @@ void admin_settle_budget(struct admin_peer *peer, uint64_t id, struct tenant *te
 		return;
 	settle->is_over = budget_is_over;
 	settle->answer = answer_budget;
-	reclaim_wake(tenant); /* a higher budget lets in who waits */
-	go_on(settle);
+	settle->change = (struct budget_change){.tenant = tenant->index, .reset = !values, .done = budget_changed};
+	if (values)
+		settle->change.values = *values;
+	settle->changing = true;
+	budgets_change(settle->server->budgets, &settle->change);
 }
 
 /* ---- reclaim ---- */

@@ -29,6 +29,13 @@ struct budgets {
 	char *dir, *path, *new_path;
 	struct entry *entries;
 	size_t count;
+	struct executor *files; /* writes them */
+	struct list changes;    /* the first of them is under way when it is busy */
+	bool busy;
+	/* Of the change under way: the job's while there is one. */
+	struct job job;
+	struct budget_values before, after, live;
+	char *old_text, *new_text; /* of the file */
 };
 
 static const char *const key_names[BUDGET_KEYS] = {
@@ -55,21 +62,26 @@ static struct budget_values current(const struct tenant *tenant)
 	return values;
 }
 
-int budgets_new(struct tenant *const *tenants, size_t tenant_count, const char *state_dir, struct budgets **ret)
+int budgets_new(
+	struct loop *loop, struct tenant *const *tenants, size_t tenant_count, const char *dir, struct budgets **ret)
 {
 	struct budgets *budgets = calloc(1, sizeof(*budgets));
+	int r;
 
 	if (!budgets)
 		return -ENOMEM;
+	list_init(&budgets->changes);
 	budgets->entries = calloc(tenant_count, sizeof(struct entry));
-	budgets->dir = strdup(state_dir);
-	if (asprintf(&budgets->path, "%s/" FILE_NAME, state_dir) < 0)
+	budgets->dir = strdup(dir);
+	if (asprintf(&budgets->path, "%s/" FILE_NAME, dir) < 0)
 		budgets->path = NULL;
-	if (asprintf(&budgets->new_path, "%s/" FILE_NAME ".new", state_dir) < 0)
+	if (asprintf(&budgets->new_path, "%s/" FILE_NAME ".new", dir) < 0)
 		budgets->new_path = NULL;
-	if (!budgets->entries || !budgets->dir || !budgets->path || !budgets->new_path) {
+	r = budgets->entries && budgets->dir && budgets->path && budgets->new_path ? executor_new(loop, &budgets->files)
+										   : -ENOMEM;
+	if (r < 0) {
 		(void)budgets_free(budgets);
-		return -ENOMEM;
+		return r;
 	}
 	for (; budgets->count < tenant_count; budgets->count++)
 		budgets->entries[budgets->count] = (struct entry){
@@ -82,6 +94,7 @@ struct budgets *budgets_free(struct budgets *budgets)
 {
 	if (!budgets)
 		return NULL;
+	(void)executor_free(budgets->files);
 	free(budgets->dir);
 	free(budgets->path);
 	free(budgets->new_path);
@@ -145,53 +158,62 @@ static void log_changes(const struct tenant *tenant, const struct budget_values 
 				kvg_size_format(from->bytes[key], a), kvg_size_format(to->bytes[key], b));
 }
 
-/* ---- the file ---- */
+/* ---- the file, on the executor for files ---- */
 
-static bool write_entry(FILE *file, const struct entry *entry)
+static bool write_entry(FILE *file, const struct entry *entry, const struct budget_values *live)
 {
 	bool named = false;
 
 	for (unsigned key = 0; key < BUDGET_KEYS; key++) {
-		if (!entry->live.set[key])
+		if (!live->set[key])
 			continue;
 		if (!named && fprintf(file, "\n[tenant %s]\n", entry->tenant->name) < 0)
 			return false;
 		named = true;
-		if (fprintf(file, "%s = %" PRIu64 "\n", key_names[key], entry->live.bytes[key]) < 0)
+		if (fprintf(file, "%s = %" PRIu64 "\n", key_names[key], live->bytes[key]) < 0)
 			return false;
 	}
 	return true;
 }
 
-static int write_entries(const struct budgets *budgets, FILE *file)
+/* What the file says when `changed` has those live values, to be freed; NULL: no memory. On the reactor. */
+static char *file_text(const struct budgets *budgets, const struct entry *changed, const struct budget_values *live)
 {
-	bool written = fputs("# Budgets that were set while kvgated ran. They come before those of the configuration;\n"
-			     "# kvgatectl budget reset TENANT takes a tenant's out.\n",
-			       file) >= 0;
+	char *text = NULL;
+	size_t size = 0;
+	FILE *file = open_memstream(&text, &size);
+	bool written;
 
+	if (!file)
+		return NULL;
+	written = fputs("# Budgets that were set while kvgated ran. They come before those of the configuration;\n"
+			"# kvgatectl budget reset TENANT takes a tenant's out.\n",
+			  file) >= 0;
 	for (size_t i = 0; written && i < budgets->count; i++)
-		written = write_entry(file, &budgets->entries[i]);
-	if (written && fflush(file) == 0 && fsync(fileno(file)) == 0)
-		return 0;
-	return errno ? -errno : -EIO;
+		written = write_entry(
+			file, &budgets->entries[i], &budgets->entries[i] == changed ? live : &budgets->entries[i].live);
+	if (fclose(file) == 0 && written)
+		return text;
+	free(text);
+	return NULL;
 }
 
-static int write_new(const struct budgets *budgets)
+static int write_new(const struct budgets *budgets, const char *text)
 {
-	int fd = open(budgets->new_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644), r;
-	FILE *file = fd < 0 ? NULL : fdopen(fd, "w");
+	_cleanup_close_ int fd = open(budgets->new_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+	size_t left = strlen(text);
 
-	if (!file) {
-		r = -errno;
-		if (fd >= 0)
-			(void)close(fd);
-		return r;
+	if (fd < 0)
+		return -errno;
+	while (left > 0) {
+		ssize_t n = write(fd, text, left);
+
+		if (n < 0)
+			return -errno;
+		text += n;
+		left -= (size_t)n;
 	}
-	errno = 0;
-	r = write_entries(budgets, file);
-	if (fclose(file) == EOF && r >= 0)
-		r = errno ? -errno : -EIO;
-	return r;
+	return fsync(fd) < 0 ? -errno : 0;
 }
 
 static int sync_dir(const struct budgets *budgets)
@@ -201,62 +223,146 @@ static int sync_dir(const struct budgets *budgets)
 	return fd < 0 || fsync(fd) < 0 ? -errno : 0;
 }
 
-static int save(const struct budgets *budgets, char *text)
+static int save(const struct budgets *budgets, const char *text)
 {
-	int r = write_new(budgets);
+	int r = write_new(budgets, text);
 
 	if (r >= 0 && rename(budgets->new_path, budgets->path) < 0)
 		r = -errno;
-	if (r < 0)
-		(void)unlink(budgets->new_path);
-	else
-		r = sync_dir(budgets);
-	if (r < 0)
-		(void)snprintf(text, BUDGET_TEXT, "%s: cannot be written: %s; nothing was changed", budgets->path,
-			strerror(-r));
+	if (r >= 0)
+		return sync_dir(budgets);
+	(void)unlink(budgets->new_path);
 	return r;
 }
 
-/* The live values of a tenant become these: accounts, file, memory. */
-static int change(struct budgets *budgets, size_t index, const struct budget_values *live, char *text)
+static void save_run(struct job *job)
 {
-	struct entry *entry = &budgets->entries[index];
-	const struct budget_values before = current(entry->tenant), live_before = entry->live;
-	const struct budget_values after = merge(&entry->configured, live);
-	char none[BUDGET_TEXT];
-	int r = set_accounts(entry->tenant, &after, text);
+	struct budgets *budgets = list_entry(job, struct budgets, job);
+	struct budget_change *change = list_entry(budgets->changes.next, struct budget_change, node);
 
-	if (r < 0)
-		return r;
-	entry->live = *live;
-	r = save(budgets, text);
+	change->status = save(budgets, budgets->new_text);
+	if (change->status < 0)
+		(void)save(budgets, budgets->old_text); /* it may have been written all the same */
+}
+
+/* ---- changes ---- */
+
+static void save_done(struct job *job);
+
+static void free_texts(struct budgets *budgets)
+{
+	free(budgets->old_text);
+	free(budgets->new_text);
+	budgets->old_text = budgets->new_text = NULL;
+}
+
+/* The old values, with what the larger min claims: from there the way to either is free, whatever others take. */
+static struct budget_values between(const struct budget_values *before, const struct budget_values *after)
+{
+	struct budget_values values = *before;
+
+	for (unsigned i = 0; i < BUDGET_KEYS; i += BUDGET_KEYS / TENANT_TIERS) {
+		uint64_t *bytes = values.bytes + i; /* min, high, max */
+
+		if (after->bytes[i] > bytes[0])
+			bytes[0] = after->bytes[i];
+		if (bytes[1] && bytes[1] < bytes[0])
+			bytes[1] = bytes[0];
+		if (bytes[2] < bytes[0])
+			bytes[2] = bytes[0];
+	}
+	return values;
+}
+
+static struct budget_values new_live(const struct entry *entry, const struct budget_change *change)
+{
+	struct budget_values live = entry->live;
+
+	if (change->reset)
+		return (struct budget_values){0};
+	for (unsigned key = 0; key < BUDGET_KEYS; key++) {
+		if (!change->values.set[key])
+			continue;
+		live.set[key] = true;
+		live.bytes[key] = change->values.bytes[key];
+	}
+	return live;
+}
+
+/* 0 when the file is being written, or a negative errno with text. */
+static int begin(struct budgets *budgets, struct budget_change *change)
+{
+	struct entry *entry = &budgets->entries[change->tenant];
+	struct budget_values meanwhile;
+	int r;
+
+	budgets->old_text = file_text(budgets, entry, &entry->live);
+	budgets->before = current(entry->tenant);
+	budgets->live = new_live(entry, change);
+	budgets->after = merge(&entry->configured, &budgets->live);
+	budgets->new_text = file_text(budgets, entry, &budgets->live);
+	(void)snprintf(change->text, BUDGET_TEXT, "budgets: out of memory");
+	r = budgets->old_text && budgets->new_text ? set_accounts(entry->tenant, &budgets->after, change->text)
+						   : -ENOMEM;
 	if (r < 0) {
-		entry->live = live_before;
-		(void)set_accounts(entry->tenant, &before, none);
-		(void)save(budgets, none); /* it may have been written all the same */
+		free_texts(budgets);
 		return r;
 	}
-	log_changes(entry->tenant, &before, &after);
-	reserve_update(&entry->tenant->reserve);
+	meanwhile = between(&budgets->before, &budgets->after);
+	(void)set_accounts(entry->tenant, &meanwhile, change->text);
+	budgets->job = (struct job){.run = save_run, .done = save_done};
+	executor_submit(budgets->files, &budgets->job);
 	return 0;
 }
 
-int budgets_set(struct budgets *budgets, size_t tenant, const struct budget_values *values, char *text)
+static void end(struct budget_change *change, int status)
 {
-	struct budget_values live = budgets->entries[tenant].live;
-
-	for (unsigned key = 0; key < BUDGET_KEYS; key++) {
-		if (!values->set[key])
-			continue;
-		live.set[key] = true;
-		live.bytes[key] = values->bytes[key];
-	}
-	return change(budgets, tenant, &live, text);
+	change->status = status;
+	list_remove(&change->node);
+	change->done(change);
 }
 
-int budgets_reset(struct budgets *budgets, size_t tenant, char *text)
+/* Those that are refused are over at once. */
+static void go_on(struct budgets *budgets)
 {
-	return change(budgets, tenant, &(struct budget_values){0}, text);
+	budgets->busy = true; /* done() may ask for more */
+	while (!list_empty(&budgets->changes)) {
+		struct budget_change *change = list_entry(budgets->changes.next, struct budget_change, node);
+		int r = begin(budgets, change);
+
+		if (r >= 0)
+			return;
+		end(change, r);
+	}
+	budgets->busy = false;
+}
+
+static void save_done(struct job *job)
+{
+	struct budgets *budgets = list_entry(job, struct budgets, job);
+	struct budget_change *change = list_entry(budgets->changes.next, struct budget_change, node);
+	struct entry *entry = &budgets->entries[change->tenant];
+	bool saved = change->status >= 0;
+
+	free_texts(budgets);
+	(void)set_accounts(entry->tenant, saved ? &budgets->after : &budgets->before, change->text);
+	if (saved) {
+		entry->live = budgets->live;
+		log_changes(entry->tenant, &budgets->before, &budgets->after);
+	} else {
+		(void)snprintf(change->text, BUDGET_TEXT, "%s: cannot be written: %s; nothing was changed",
+			budgets->path, strerror(-change->status));
+	}
+	reserve_update(&entry->tenant->reserve);
+	end(change, change->status);
+	go_on(budgets);
+}
+
+void budgets_change(struct budgets *budgets, struct budget_change *change)
+{
+	list_add_tail(&budgets->changes, &change->node);
+	if (!budgets->busy)
+		go_on(budgets);
 }
 
 /* ---- the start ---- */

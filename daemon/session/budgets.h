@@ -3,11 +3,13 @@
  * until they are reset, also after a restart.
  *
  * They are kept in STATE_DIR/budgets.conf, in the configuration's form, with exact bytes and nothing but what was set.
- * The file is replaced as a whole (a temporary file, rename), and what cannot be written does not come to hold.
+ * The file is replaced as a whole (a temporary file, rename), and what cannot be written does not come to hold. A disk
+ * takes its time: files are written by an executor of their own, so that neither the reactor nor anybody's copies wait.
  */
 #ifndef KVG_BUDGETS_H
 #define KVG_BUDGETS_H
 
+#include "daemon/base/list.h"
 #include "daemon/tenant/tenant.h"
 
 #define BUDGET_KEYS 6u
@@ -19,14 +21,25 @@ struct budget_values {
 	bool set[BUDGET_KEYS];
 };
 
+/* Some values of a tenant (by its index) that are set, or all of them taken back to the configuration's. */
+struct budget_change {
+	size_t tenant;
+	bool reset;
+	struct budget_values values; /* unless it is a reset */
+	void (*done)(struct budget_change *change);
+	/* The result: 0, or a negative errno with text, and then nothing has changed. */
+	int status;
+	char text[BUDGET_TEXT];
+	struct list node; /* the budgets' own, until done() */
+};
+
 struct budgets;
 
-/*
- * For tenants that have their configured budgets. state_dir and the tenants are borrowed and outlive it. 0 or -ENOMEM.
- */
-int budgets_new(struct tenant *const *tenants, size_t tenant_count, const char *state_dir, struct budgets **ret);
+/* For tenants that have their configured budgets, and outlive it. 0 or a negative errno. */
+int budgets_new(
+	struct loop *loop, struct tenant *const *tenants, size_t tenant_count, const char *dir, struct budgets **ret);
 
-/* NULL is fine; returns NULL. */
+/* Changes that are under way come to their end first. NULL is fine; returns NULL. */
 struct budgets *budgets_free(struct budgets *budgets);
 
 /*
@@ -37,11 +50,11 @@ struct budgets *budgets_free(struct budgets *budgets);
 int budgets_load(struct budgets *budgets, char *text);
 
 /*
- * Sets some values of a tenant (by its index), or takes them all back to the configuration's. 0, or a negative errno
- * with text (BUDGET_TEXT bytes), and then nothing has changed: as quota_set(), or what writing the file gave.
+ * Changes a tenant's budget, one change after the other, then calls done(), on the reactor, perhaps before this
+ * returns: when the file is safe and the values hold, or with the status of quota_set() or of what writing the file
+ * gave. While the file is written the old values hold, but that nobody else gets what the larger of the two min claims.
  */
-int budgets_set(struct budgets *budgets, size_t tenant, const struct budget_values *values, char *text);
-int budgets_reset(struct budgets *budgets, size_t tenant, char *text);
+void budgets_change(struct budgets *budgets, struct budget_change *change);
 
 /* Whether some value of the tenant was set. */
 bool budgets_are_live(const struct budgets *budgets, size_t tenant);

@@ -1,7 +1,11 @@
 /* The operator's tool against the real daemon: what it shows is what is, in text and in JSON. */
+#include <fcntl.h>
 #include <jansson.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "tests/integration/kv.h"
 #include "tests/integration/process.h"
@@ -147,6 +151,77 @@ static void test_a_wrong_word_or_tenant_is_named(void **state)
 	stage_close(&s);
 }
 
+static void stall(const struct stage *s, char path[FIXTURE_PATH])
+{
+	assert_int_equal(mkfifo(fixture_path(&s->fixture, "state/budgets.conf.new", path), 0600), 0);
+}
+
+static void end_stall(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+	assert_true(fd >= 0);
+	assert_int_equal(close(fd), 0);
+}
+
+static void wait_min(const struct stage *s, uint64_t bytes)
+{
+	uint64_t deadline = fixture_now_ms() + FIXTURE_WAIT_MS;
+	struct fixture_usage usage;
+
+	while (fixture_tenant(&s->fixture, "search", &usage), usage.device_min != bytes)
+		assert_true(fixture_now_ms() < deadline);
+}
+
+/*
+ * The disk does not answer: a pipe that nobody reads stands where the file is written. Everybody else is served,
+ * whether the operator waits or is killed, and when the disk fails in the end nothing has changed.
+ */
+static void test_a_slow_disk_stops_nobody(void **state)
+{
+	static const char *const set[WORDS] = {"budget", "set", "search", "device.min=1M", "device.max=12M"};
+	static const char *const listing[WORDS] = {"tenants"};
+	char path[FIXTURE_PATH], admin[FIXTURE_PATH];
+	const char *argv[9] = {KVG_BIN_CTL, "--socket"};
+	struct process_program program;
+	struct process_output output;
+	struct fixture_usage usage;
+	struct stage s;
+
+	(void)state;
+	stage_open(&s);
+	argv[2] = fixture_path(&s.fixture, "state/admin.sock", admin);
+	memcpy(argv + 3, set, sizeof(set));
+	for (unsigned killed = 0; killed < 2; killed++) {
+		stall(&s, path);
+		process_start(&program, argv);
+		wait_min(&s, MIB); /* kept free from now on, for it may have to hold */
+		assert_int_equal(ctl(&s, 0, listing, &output), 0);
+		assert_int_equal(kv_feed(&s.kv, 200, 1), 0);
+		fixture_audit(&s.fixture);
+		fixture_tenant(&s.fixture, "search", &usage);
+		assert_int_equal(usage.device_max, 16 * MIB);
+		assert_false(fixture_budget_is_live(&s.fixture, "search"));
+		if (killed)
+			assert_int_equal(kill(program.pid, SIGKILL), 0);
+		else
+			end_stall(path);
+		process_collect(&program, FIXTURE_WAIT_MS, &output);
+		assert_int_equal(output.status, killed ? 128 + SIGKILL : 1);
+		if (killed)
+			end_stall(path);
+		else
+			assert_non_null(strstr(output.err, "budgets.conf: cannot be written: "));
+		wait_min(&s, 0);
+	}
+	fixture_wait_reserved(&s.fixture, "search", 0);
+	assert_int_equal(ctl(&s, 0, set, &output), 0);
+	wait_min(&s, MIB);
+	assert_int_equal(fixture_budget_reset(&s.fixture, "search", output.err), 0);
+	fixture_wait_reserved(&s.fixture, "search", 0);
+	stage_close(&s);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -154,6 +229,7 @@ int main(void)
 		cmocka_unit_test(test_a_budget_is_set_and_holds_at_once),
 		cmocka_unit_test(test_a_budget_of_several_values_is_reset),
 		cmocka_unit_test(test_a_wrong_word_or_tenant_is_named),
+		cmocka_unit_test(test_a_slow_disk_stops_nobody),
 	};
 
 	return runner_run("ctl", tests, sizeof(tests) / sizeof(*tests));

@@ -79,7 +79,8 @@ struct session *session_new(void)
 	}
 	server->state_dir = "/state";
 	assert_non_null(mkdtemp(session->dir));
-	assert_int_equal(budgets_new(server->tenants, server->tenant_count, session->dir, &server->budgets), 0);
+	assert_int_equal(
+		budgets_new(server->loop, server->tenants, server->tenant_count, session->dir, &server->budgets), 0);
 	assert_int_equal(server_start(server), 0);
 	assert_int_equal(loop_poller_add(server->loop, &asker, session), 0);
 	admin_init(&session->admin, server);
@@ -109,6 +110,7 @@ void session_free(struct session *session)
 	assert_int_equal(server->pool->host.account->charged, 0);
 	loop_poller_remove(server->loop, &asker, session);
 	server_end(server);
+	server->budgets = budgets_free(server->budgets);
 	(void)executor_free(server->executor);
 	(void)host_tier_free(server->tier);
 	(void)pool_free(server->pool);
@@ -116,7 +118,6 @@ void session_free(struct session *session)
 	for (size_t i = 0; i < server->tenant_count; i++)
 		(void)tenant_free(server->tenants[i]);
 	free(server->tenants);
-	server->budgets = budgets_free(server->budgets);
 	remove_dir(session);
 	(void)loop_free(server->loop);
 	free(session);

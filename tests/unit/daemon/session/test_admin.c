@@ -2,8 +2,11 @@
 #include "tests/support/session_fixture.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 struct scene {
@@ -47,7 +50,7 @@ static int teardown(void **state)
 	return 0;
 }
 
-static Kvg__AdminReply *ask(struct scene *scene, Kvg__AdminRequest *request)
+static void tell(struct scene *scene, Kvg__AdminRequest *request)
 {
 	uint8_t data[1024];
 	size_t size;
@@ -57,6 +60,11 @@ static Kvg__AdminReply *ask(struct scene *scene, Kvg__AdminRequest *request)
 	assert_true(size <= sizeof(data));
 	(void)kvg__admin_request__pack(request, data);
 	assert_int_equal(kvg_frame_send(scene->client->fd, data, size, NULL, 0), 0);
+}
+
+static Kvg__AdminReply *ask(struct scene *scene, Kvg__AdminRequest *request)
+{
+	tell(scene, request);
 	assert_true(session_receive(scene->client));
 	if (scene->reply)
 		kvg__admin_reply__free_unpacked(scene->reply, NULL);
@@ -350,6 +358,42 @@ static void test_budget_is_exact(void **state)
 	assert_int_equal(session_reap(scene->worker).status, 0);
 }
 
+static bool holds_for_new_min(struct session *session)
+{
+	return session->server.tenants[1]->quota.account->min == SESSION_EXTENT;
+}
+
+/*
+ * The connections end with the admin while the file is written: the budget is set all the same, or refused as here, and
+ * nobody is told. The disk is a pipe, at first without anybody who reads it.
+ */
+static void test_the_end_while_a_budget_is_written(void **state)
+{
+	struct scene *scene = *state;
+	Kvg__AdminRequest request = KVG__ADMIN_REQUEST__INIT;
+	Kvg__BudgetSet set = KVG__BUDGET_SET__INIT;
+	char name[] = "b", path[80];
+	int fd;
+
+	(void)snprintf(path, sizeof(path), "%s/budgets.conf.new", scene->session->dir);
+	assert_int_equal(mkfifo(path, 0600), 0);
+	set.tenant = name;
+	set.has_device_min = 1;
+	set.device_min = SESSION_EXTENT;
+	request.body_case = KVG__ADMIN_REQUEST__BODY_BUDGET_SET;
+	request.budget_set = &set;
+	tell(scene, &request);
+	session_run(scene->session, holds_for_new_min, NULL);
+	admin_deinit(&scene->session->admin);
+	assert_true(list_empty(&scene->session->admin.settles));
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	assert_true(fd >= 0);
+	assert_int_equal(close(fd), 0);
+	scene->session->server.budgets = budgets_free(scene->session->server.budgets);
+	assert_int_equal(scene->session->server.tenants[1]->quota.account->min, 0);
+	assert_false(session_receive(scene->client));
+}
+
 static void test_unknown_and_malformed(void **state)
 {
 	struct scene *scene = *state;
@@ -396,6 +440,7 @@ int main(void)
 		ADMIN_TEST(test_budget),
 		ADMIN_TEST(test_budget_of_several_values),
 		ADMIN_TEST(test_budget_is_exact),
+		ADMIN_TEST(test_the_end_while_a_budget_is_written),
 		ADMIN_TEST(test_unknown_and_malformed),
 		ADMIN_TEST(test_oversized_and_descriptors),
 	};

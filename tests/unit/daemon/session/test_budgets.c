@@ -23,6 +23,7 @@ struct fixture {
 	struct pool *pool;
 	struct tenant *tenants[2];
 	struct budgets *budgets;
+	unsigned changes; /* that are done */
 	char dir[40], text[BUDGET_TEXT];
 };
 
@@ -46,7 +47,7 @@ static void start(struct fixture *f, uint64_t pool, const char *second)
 	assert_int_equal(tenant_new(f->pool, second, 0, &f->tenants[1]), 0);
 	configure(f, 0, 2 * EXTENT, 8 * EXTENT);
 	configure(f, 1, 0, pool);
-	assert_int_equal(budgets_new(f->tenants, 2, f->dir, &f->budgets), 0);
+	assert_int_equal(budgets_new(f->loop, f->tenants, 2, f->dir, &f->budgets), 0);
 }
 
 static void stop(struct fixture *f)
@@ -100,13 +101,65 @@ static int teardown(void **state)
 	return 0;
 }
 
-static int set(struct fixture *f, size_t tenant, unsigned key, uint64_t bytes)
+struct change {
+	struct budget_change change;
+	struct fixture *fixture;
+	unsigned order; /* of done(), from 1 */
+};
+
+static void changed(struct budget_change *change)
+{
+	struct change *whole = list_entry(change, struct change, change);
+
+	whole->order = ++whole->fixture->changes;
+	loop_stop(whole->fixture->loop);
+}
+
+static void begin(struct fixture *f, struct change *change)
+{
+	change->fixture = f;
+	change->change.done = changed;
+	budgets_change(f->budgets, &change->change);
+}
+
+static int finish(struct fixture *f, const struct change *change)
+{
+	while (!change->order)
+		assert_int_equal(loop_run(f->loop), 0);
+	(void)snprintf(f->text, sizeof(f->text), "%s", change->change.text);
+	return change->change.status;
+}
+
+static int set_values(struct fixture *f, size_t tenant, const struct budget_values *values)
+{
+	struct change change = {.change = {.tenant = tenant, .values = *values}};
+
+	begin(f, &change);
+	return finish(f, &change);
+}
+
+static int reset(struct fixture *f, size_t tenant)
+{
+	struct change change = {.change = {.tenant = tenant, .reset = true}};
+
+	begin(f, &change);
+	return finish(f, &change);
+}
+
+static struct budget_values only(unsigned key, uint64_t bytes)
 {
 	struct budget_values values = {0};
 
 	values.set[key] = true;
 	values.bytes[key] = bytes;
-	return budgets_set(f->budgets, tenant, &values, f->text);
+	return values;
+}
+
+static int set(struct fixture *f, size_t tenant, unsigned key, uint64_t bytes)
+{
+	struct budget_values values = only(key, bytes);
+
+	return set_values(f, tenant, &values);
 }
 
 static void must_set(struct fixture *f, size_t tenant, unsigned key, uint64_t bytes)
@@ -160,12 +213,12 @@ static void test_set_and_reset(void **state)
 	read_file(f, file);
 	assert_non_null(
 		strstr(file, "\n[tenant a]\ndevice.high = 327680\ndevice.max = 393216\n\n[tenant b]\nhost.high = 7\n"));
-	assert_int_equal(budgets_reset(f->budgets, 0, f->text), 0);
+	assert_int_equal(reset(f, 0), 0);
 	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
 	read_file(f, file);
 	assert_null(strstr(file, "[tenant a]"));
 	assert_non_null(strstr(file, "[tenant b]"));
-	assert_int_equal(budgets_reset(f->budgets, 0, f->text), 0); /* again */
+	assert_int_equal(reset(f, 0), 0); /* again */
 }
 
 static void test_a_restart_keeps_them(void **state)
@@ -178,7 +231,7 @@ static void test_a_restart_keeps_them(void **state)
 	check(f, 0, 4 * EXTENT, 0, 6 * EXTENT, true);
 	check(f, 1, 0, 0, POOL, false);
 	assert_int_equal(f->pool->quota.account->committed, 4 * EXTENT);
-	assert_int_equal(budgets_reset(f->budgets, 0, f->text), 0);
+	assert_int_equal(reset(f, 0), 0);
 	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
 	restart(f, POOL, "b");
 	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
@@ -206,7 +259,7 @@ static void test_refusals_change_nothing(void **state)
 	assert_string_equal(f->text, "tenant a: device.min 576.0 KiB is more than max, 512.0 KiB");
 	assert_int_equal(set(f, 1, DEVICE_MIN, 15 * EXTENT), -ENOSPC);
 	assert_non_null(strstr(f->text, "tenant b: device.min 960.0 KiB: of the pool, 1.0 MiB"));
-	assert_int_equal(budgets_set(f->budgets, 0, &both, f->text), -EINVAL); /* the host's; the device's is fine */
+	assert_int_equal(set_values(f, 0, &both), -EINVAL); /* the host's; the device's is fine */
 	assert_string_equal(f->text, "tenant a: host.min 1.0 MiB is more than max, 1.0 MiB");
 	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
 	check(f, 1, 0, 0, POOL, false);
@@ -221,13 +274,13 @@ static void test_a_reset_that_overbooks(void **state)
 
 	must_set(f, 0, DEVICE_MIN, 0);
 	must_set(f, 1, DEVICE_MIN, POOL);
-	assert_int_equal(budgets_reset(f->budgets, 0, f->text), -ENOSPC);
+	assert_int_equal(reset(f, 0), -ENOSPC);
 	check(f, 0, 0, 0, 8 * EXTENT, true);
 	restart(f, POOL, "b"); /* b's min fits only when a's is gone */
 	check(f, 0, 0, 0, 8 * EXTENT, true);
 	check(f, 1, POOL, 0, POOL, true);
-	assert_int_equal(budgets_reset(f->budgets, 1, f->text), 0);
-	assert_int_equal(budgets_reset(f->budgets, 0, f->text), 0);
+	assert_int_equal(reset(f, 1), 0);
+	assert_int_equal(reset(f, 0), 0);
 	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
 }
 
@@ -261,7 +314,7 @@ static void test_a_failed_write(void **state)
 	assert_int_equal(set(f, 0, DEVICE_MAX, 5 * EXTENT), -EISDIR);
 	assert_non_null(strstr(f->text, "/budgets.conf: cannot be written: Is a directory; nothing was changed"));
 	check(f, 0, 2 * EXTENT, 0, 6 * EXTENT, true);
-	assert_int_equal(budgets_reset(f->budgets, 0, f->text), -EISDIR);
+	assert_int_equal(reset(f, 0), -EISDIR);
 	check(f, 0, 2 * EXTENT, 0, 6 * EXTENT, true);
 	assert_int_equal(set(f, 1, DEVICE_MIN, EXTENT), -EISDIR);
 	check(f, 1, 0, 0, POOL, false);
@@ -269,6 +322,114 @@ static void test_a_failed_write(void **state)
 	assert_int_equal(rmdir(path), 0);
 	read_file(f, file);
 	assert_non_null(strstr(file, "device.max = 393216\n"));
+}
+
+/* One after the other, refusals too; each holds when its file is safe, and not before. */
+static void test_changes_at_once(void **state)
+{
+	struct fixture *f = *state;
+	struct change changes[] = {
+		{.change = {.values = only(DEVICE_MAX, 6 * EXTENT)}},
+		{.change = {.values = only(DEVICE_MIN, 7 * EXTENT)}}, /* fits now, but not behind the first */
+		{.change = {.tenant = 1, .values = only(DEVICE_MAX, 9 * EXTENT)}},
+		{.change = {.values = only(DEVICE_MAX, 5 * EXTENT)}},
+	};
+	char file[1024];
+
+	for (unsigned i = 0; i < 4; i++)
+		begin(f, &changes[i]);
+	assert_int_equal(f->changes, 0);
+	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
+	assert_int_equal(finish(f, &changes[3]), 0);
+	assert_int_equal(changes[1].change.status, -EINVAL);
+	assert_string_equal(changes[1].change.text, "tenant a: device.min 448.0 KiB is more than max, 384.0 KiB");
+	for (unsigned i = 0; i < 4; i++)
+		assert_int_equal(changes[i].order, i + 1);
+	assert_int_equal(changes[0].change.status | changes[2].change.status, 0);
+	check(f, 0, 2 * EXTENT, 0, 5 * EXTENT, true);
+	check(f, 1, 0, 0, 9 * EXTENT, true);
+	read_file(f, file);
+	assert_non_null(strstr(file, "\n[tenant a]\ndevice.max = 327680\n\n[tenant b]\ndevice.max = 589824\n"));
+}
+
+/* Changes that are under way come to their end before the budgets do. */
+static void test_end_with_changes(void **state)
+{
+	struct fixture *f = *state;
+	struct change first = {.change = {.values = only(DEVICE_MAX, 6 * EXTENT)}};
+	struct change second = {.change = {.values = only(DEVICE_HIGH, 5 * EXTENT)}};
+
+	begin(f, &first);
+	begin(f, &second);
+	f->budgets = budgets_free(f->budgets);
+	assert_int_equal(first.order, 1);
+	assert_int_equal(second.order, 2);
+	restart(f, POOL, "b");
+	check(f, 0, 2 * EXTENT, 5 * EXTENT, 6 * EXTENT, true);
+}
+
+/* A disk that does not answer: a pipe that nobody reads stands where the file is written. */
+static void stall(const struct fixture *f, char path[80])
+{
+	(void)snprintf(path, 80, "%s/budgets.conf.new", f->dir);
+	assert_int_equal(mkfifo(path, 0600), 0);
+}
+
+/* It does, with an error. */
+static void end_stall(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+	assert_true(fd >= 0);
+	assert_int_equal(close(fd), 0);
+}
+
+static int charge(const struct fixture *f, size_t tenant, unsigned extents)
+{
+	char text[QUOTA_TEXT];
+
+	return quota_charge(&f->tenants[tenant]->quota, extents * (uint64_t)EXTENT, 0, "it", text);
+}
+
+static void stop_loop(void *user)
+{
+	loop_stop(user);
+}
+
+/* The reactor goes on, with the old values; and nobody else gets what either of the two min claims. */
+static void test_a_slow_disk(void **state)
+{
+	struct fixture *f = *state;
+	struct change more = {.change = {.values = only(DEVICE_MIN, 5 * EXTENT)}};
+	struct change less = {.change = {.values = only(DEVICE_MIN, 0)}};
+	struct loop_timer *timer;
+	char path[80];
+
+	stall(f, path);
+	assert_int_equal(loop_timer_new(f->loop, stop_loop, f->loop, &timer), 0);
+	begin(f, &more);
+	loop_timer_set(timer, 1);
+	assert_int_equal(loop_run(f->loop), 0);
+	assert_int_equal(f->changes, 0);
+	assert_int_equal(tenant_budget(f->tenants[0], TENANT_DEVICE).max, 8 * EXTENT);
+	assert_false(budgets_are_live(f->budgets, 0));
+	assert_int_equal(charge(f, 1, 12), -ENOSPC);
+	assert_int_equal(charge(f, 1, 11), 0);
+	end_stall(path);
+	assert_true(finish(f, &more) < 0);
+	assert_non_null(strstr(f->text, "/budgets.conf: cannot be written: "));
+	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
+	assert_int_equal(charge(f, 1, 3), 0);
+	stall(f, path);
+	begin(f, &less);
+	assert_int_equal(charge(f, 1, 1), -ENOSPC);
+	end_stall(path);
+	assert_true(finish(f, &less) < 0);
+	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
+	assert_int_equal(charge(f, 0, 2), 0);
+	quota_refund(&f->tenants[0]->quota, 2 * EXTENT);
+	quota_refund(&f->tenants[1]->quota, 14 * EXTENT);
+	(void)loop_timer_free(timer);
 }
 
 static void test_what_fits_no_more_is_left(void **state)
@@ -360,6 +521,9 @@ int main(void)
 		BUDGETS_TEST(test_a_reset_that_overbooks),
 		BUDGETS_TEST(test_a_failed_write),
 		BUDGETS_TEST(test_a_full_disk),
+		BUDGETS_TEST(test_changes_at_once),
+		BUDGETS_TEST(test_end_with_changes),
+		BUDGETS_TEST(test_a_slow_disk),
 		BUDGETS_TEST(test_what_is_no_file_of_budgets),
 		BUDGETS_TEST(test_what_fits_no_more_is_left),
 		BUDGETS_TEST(test_a_file_of_any_form),
