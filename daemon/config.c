@@ -213,6 +213,11 @@ static void set_string(struct parser *parser, const char *key, const char *value
 		*ret = copy;
 }
 
+static void set_budgets_dir(struct parser *parser, const char *key, const char *value)
+{
+	set_string(parser, key, value, &parser->config.budgets_dir);
+}
+
 static void set_socket(struct parser *parser, const char *key, const char *value, char **ret)
 {
 	if (strlen(value) > SOCKET_MAX)
@@ -382,6 +387,7 @@ static const struct key {
 	{SECTION_DAEMON, "isolation", set_isolation},
 	{SECTION_DAEMON, "wait_ms", set_wait_ms},
 	{SECTION_DAEMON, "pressure_ms", set_pressure_ms},
+	{SECTION_DAEMON, "budgets_dir", set_budgets_dir},
 	{SECTION_ADMIN, "socket", set_admin_socket},
 	{SECTION_ADMIN, "mode", set_admin_mode},
 	{SECTION_ADMIN, "group", set_admin_group},
@@ -792,6 +798,7 @@ void config_deinit(struct config *config)
 		free(config->tenants[i].uids);
 	}
 	free(config->tenants);
+	free(config->budgets_dir);
 	free(config->admin_socket);
 	free(config->admin_group);
 	*config = (struct config){0};

@@ -2,7 +2,7 @@
  * config.h - the configuration file (ini; packaging/kvgated.conf describes every key).
  *
  *   [pool]   kind, device.index, device.size, extent_size, host.size
- *   [daemon] spin_us, isolation, wait_ms, pressure_ms
+ *   [daemon] spin_us, isolation, wait_ms, pressure_ms, budgets_dir
  *   [admin]  socket, mode, group
  *   [tenant NAME] socket, mode, uids, ipc, device.min, device.high, device.max, host.min, host.high, host.max,
  *                 max_connections, max_sequences, max_layouts, max_entries, max_staged_rows
@@ -52,10 +52,11 @@ struct config {
 	enum config_isolation isolation; /* default shared */
 	uint32_t wait_ms;                /* default 10000 */
 	uint32_t pressure_ms;            /* default 10000 */
-	char *admin_socket;              /* NULL: STATE_DIR/admin.sock */
-	mode_t admin_mode;               /* default 0660 */
-	char *admin_group;               /* NULL: leave the group */
-	struct config_tenant *tenants;   /* at least one, names and sockets unique */
+	char *budgets_dir;  /* NULL: as the options of the start say; a relative path counts from the state directory */
+	char *admin_socket; /* NULL: STATE_DIR/admin.sock */
+	mode_t admin_mode;  /* default 0660 */
+	char *admin_group;  /* NULL: leave the group */
+	struct config_tenant *tenants; /* at least one, names and sockets unique */
 	size_t tenant_count;
 };
 

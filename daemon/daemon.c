@@ -14,6 +14,7 @@
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
+#include "daemon/base/cleanup.h"
 #include "daemon/base/log.h"
 #include "daemon/device.h"
 #include "daemon/sequence/compute.h"
@@ -97,7 +98,7 @@ static int take_lock(struct daemon *daemon)
 		return -ENOMEM;
 	daemon->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
 	if (daemon->lock_fd < 0)
-		log_error("%s: %s", path, strerror(errno));
+		log_error("state directory %s: lock: %s", dir, strerror(errno));
 	else if (flock(daemon->lock_fd, LOCK_EX | LOCK_NB) < 0)
 		log_error("state directory %s: another kvgated uses it", dir);
 	else
@@ -114,6 +115,14 @@ static char *full_path(const struct daemon *daemon, const char *path)
 	if (path[0] == '/')
 		return strdup(path);
 	return asprintf(&full, "%s/%s", daemon->options->state_dir, path) < 0 ? NULL : full;
+}
+
+static char *budgets_dir(const struct daemon *daemon)
+{
+	const struct daemon_options *options = daemon->options;
+	const char *otherwise = options->budgets_dir ? options->budgets_dir : options->state_dir;
+
+	return daemon->config->budgets_dir ? full_path(daemon, daemon->config->budgets_dir) : strdup(otherwise);
 }
 
 /* ---- sockets ---- */
@@ -286,6 +295,7 @@ static int start_tenants(struct daemon *daemon)
 static int start_budgets(struct daemon *daemon)
 {
 	struct server *server = &daemon->server;
+	_cleanup_free_ char *dir = budgets_dir(daemon);
 	char text[BUDGET_TEXT];
 	int r = 0;
 
@@ -294,8 +304,7 @@ static int start_budgets(struct daemon *daemon)
 			(enum tenant_tier)(i % TENANT_TIERS));
 	if (r < 0)
 		return r;
-	r = budgets_new(
-		server->loop, server->tenants, server->tenant_count, daemon->options->state_dir, &server->budgets);
+	r = !dir ? -ENOMEM : budgets_new(server->loop, server->tenants, server->tenant_count, dir, &server->budgets);
 	if (r < 0) {
 		log_error("budgets: %s", strerror(-r));
 		return r;

@@ -17,7 +17,10 @@
 struct daemon_options {
 	const char *socket;    /* the first tenant's, instead of the configured one; or NULL */
 	const char *state_dir; /* exists or is created */
-	struct kind *kind;     /* memory instead of the configured kind, borrowed; or NULL */
+
+	/* Where budgets that were set are kept unless the configuration says so; NULL: the state directory. */
+	const char *budgets_dir;
+	struct kind *kind; /* memory instead of the configured kind, borrowed; or NULL */
 };
 
 /* Runs until SIGTERM or SIGINT, or until the device is lost. Returns an exit status; errors have been logged. */

@@ -16,7 +16,8 @@ static const char usage[] = "Usage: kvgated --config FILE [--socket PATH] [--sta
 			    "\n"
 			    "  --config FILE    the configuration (see kvgated.conf)\n"
 			    "  --socket PATH    the first tenant's socket, instead of the configured one\n"
-			    "  --state-dir DIR  lock, relative socket paths, admin.sock (default /run/kvgate)\n"
+			    "  --state-dir DIR  lock, relative socket paths, admin.sock, and budgets that were set\n"
+			    "                   (default /run/kvgate, and /var/lib/kvgate for the budgets)\n"
 			    "  --version        print the version\n"
 			    "  --help           print this\n"
 			    "\n"
@@ -49,7 +50,7 @@ int main(int argc, char **argv)
 		{"help", no_argument, NULL, 'h'},
 		{0},
 	};
-	struct daemon_options daemon = {.state_dir = "/run/kvgate"};
+	struct daemon_options daemon = {.state_dir = "/run/kvgate", .budgets_dir = "/var/lib/kvgate"};
 	const char *path = NULL;
 	struct config config;
 	char text[CONFIG_TEXT];
@@ -63,6 +64,7 @@ int main(int argc, char **argv)
 			daemon.socket = optarg;
 		} else if (option == 'd') {
 			daemon.state_dir = optarg;
+			daemon.budgets_dir = NULL;
 		} else if (option == 'v' || option == 'h') {
 			(void)fputs(option == 'v' ? "kvgated " KVG_VERSION "\n" : usage, stdout);
 			return EXIT_SUCCESS;

@@ -538,6 +538,16 @@ static void drop_misfits(struct budgets *budgets)
 	}
 }
 
+static void look_at_dir(const struct budgets *budgets)
+{
+	int r = mkdir(budgets->dir, 0755) < 0 && errno != EEXIST ? -errno : 0;
+
+	if (r >= 0 && faccessat(AT_FDCWD, budgets->dir, W_OK | X_OK, AT_EACCESS) < 0)
+		r = -errno;
+	if (r < 0)
+		log_warning("%s: %s: budgets cannot be set while the daemon runs", budgets->dir, strerror(-r));
+}
+
 int budgets_load(struct budgets *budgets, char *text)
 {
 	int r = read_file(budgets);
@@ -546,6 +556,7 @@ int budgets_load(struct budgets *budgets, char *text)
 		(void)snprintf(text, BUDGET_TEXT, "%s: cannot be read: %s", budgets->path, strerror(-r));
 		return r;
 	}
+	look_at_dir(budgets);
 	set_all(budgets);
 	drop_misfits(budgets);
 	for (size_t i = 0; i < budgets->count; i++) {

@@ -2,7 +2,7 @@
  * budgets.h - budgets that the operator has set while the daemon runs: they come before those of the configuration
  * until they are reset, also after a restart.
  *
- * They are kept in STATE_DIR/budgets.conf, in the configuration's form, with exact bytes and nothing but what was set.
+ * They are kept in DIR/budgets.conf, in the configuration's form, with exact bytes and nothing but what was set.
  * The file is replaced as a whole (a temporary file, rename), and what cannot be written does not come to hold. A disk
  * takes its time: files are written by an executor of their own, so that neither the reactor nor anybody's copies wait.
  */
@@ -43,8 +43,9 @@ int budgets_new(
 struct budgets *budgets_free(struct budgets *budgets);
 
 /*
- * Reads the file and sets what it says; once, at the start. What does not fit the configuration any more is logged,
- * left as configured, and forgotten with the next change. 0, also without a file; or a negative errno with text
+ * Reads the file and sets what it says; once, at the start. The directory is created where it is missing; one that
+ * cannot be written is logged, for then every change is refused. What does not fit the configuration any more is
+ * logged, left as configured, and forgotten with the next change. 0, also without a file; or a negative errno with text
  * (BUDGET_TEXT bytes) when there is one that cannot be read.
  */
 int budgets_load(struct budgets *budgets, char *text);

@@ -249,6 +249,97 @@ static void test_the_socket_option_overrides_the_first_tenants(void **state)
 	fixture_stop(&f);
 }
 
+static int make_folder(const struct fixture *f, const char *name, mode_t mode)
+{
+	char path[FIXTURE_PATH];
+
+	return mkdir(fixture_path(f, name, path), mode);
+}
+
+static bool log_has(const struct fixture *f, const char *text)
+{
+	char path[FIXTURE_PATH], log[8192];
+	FILE *file = fopen(fixture_path(f, "log", path), "re");
+	size_t n;
+
+	assert_non_null(file);
+	n = fread(log, 1, sizeof(log) - 1, file);
+	log[n] = '\0';
+	assert_int_equal(fclose(file), 0);
+	return strstr(log, text);
+}
+
+/* The lock cannot be there, and nothing can be done without it. */
+static void test_a_read_only_state_folder_is_refused(void **state)
+{
+	struct process_output output;
+	struct fixture f;
+	char config[FIXTURE_PATH], folder[FIXTURE_PATH], expected[2 * FIXTURE_PATH];
+	const char *argv[12];
+	size_t n = 0;
+
+	(void)state;
+	fixture_prepare(&f, POOL TENANT);
+	(void)fixture_path(&f, "kvgated.conf", config);
+	(void)fixture_path(&f, "state", folder);
+	assert_int_equal(chmod(folder, 0555), 0);
+	for (const char *const *word = fixture_obedience(); *word; word++)
+		argv[n++] = *word;
+	const char *const rest[] = {fixture_program(), "--config", config, "--state-dir", folder, NULL};
+	memcpy(argv + n, rest, sizeof(rest));
+	process_run(argv, FIXTURE_WAIT_MS, &output);
+	(void)snprintf(expected, sizeof(expected), "state directory %s: lock: Permission denied", folder);
+	assert_refusal(&output, expected);
+	assert_int_equal(chmod(folder, 0700), 0);
+	fixture_remove(&f);
+}
+
+static void test_budgets_have_a_folder_of_their_own(void **state)
+{
+	struct fixture f;
+	char path[FIXTURE_PATH], text[FIXTURE_TEXT];
+	struct fixture_usage usage;
+
+	(void)state;
+	fixture_start(&f, POOL "[daemon]\nbudgets_dir = ../kept\n" TENANT);
+	assert_int_equal(fixture_budget_set(&f, "a", 8 << 20, text), 0);
+	assert_int_equal(access(fixture_path(&f, "kept/budgets.conf", path), F_OK), 0);
+	assert_int_equal(access(fixture_path(&f, "state/budgets.conf", path), F_OK), -1);
+	fixture_end(&f);
+	fixture_begin(&f);
+	fixture_tenant(&f, "a", &usage);
+	assert_int_equal(usage.device_max, 8 << 20);
+	fixture_stop(&f);
+}
+
+/* It is said at the start, and to whoever would set one. Everything else works. */
+static void test_budgets_that_cannot_be_kept(void **state)
+{
+	struct fixture f;
+	char path[FIXTURE_PATH], text[FIXTURE_TEXT];
+	struct fixture_usage usage;
+	struct kvg_layout layout;
+	struct kvg_client *client;
+
+	(void)state;
+	fixture_prepare(&f, POOL "[daemon]\nbudgets_dir = kept\n" TENANT);
+	assert_int_equal(make_folder(&f, "state/kept", 0555), 0);
+	f.obedient = true;
+	fixture_begin(&f);
+	assert_true(log_has(&f, "state/kept: Permission denied: budgets cannot be set while the daemon runs\n"));
+	assert_int_equal(fixture_budget_set(&f, "a", 8 << 20, text), -EACCES);
+	assert_non_null(
+		strstr(text, "state/kept/budgets.conf: cannot be written: Permission denied; nothing was changed"));
+	fixture_tenant(&f, "a", &usage);
+	assert_int_equal(usage.device_max, 32 << 20);
+	assert_false(fixture_budget_is_live(&f, "a"));
+	kv_small_layout(&layout, 2, 1024);
+	client = kv_connect(fixture_path(&f, "state/a.sock", path), "still", &layout);
+	assert_non_null(client);
+	(void)kvg_close(client);
+	fixture_stop(&f);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -262,6 +353,9 @@ int main(void)
 		cmocka_unit_test(test_a_stale_socket_is_replaced),
 		cmocka_unit_test(test_a_stop_takes_the_sockets_away_and_a_start_brings_them_back),
 		cmocka_unit_test(test_a_stop_says_goodbye_to_workers),
+		cmocka_unit_test(test_a_read_only_state_folder_is_refused),
+		cmocka_unit_test(test_budgets_have_a_folder_of_their_own),
+		cmocka_unit_test(test_budgets_that_cannot_be_kept),
 		cmocka_unit_test(test_the_socket_option_overrides_the_first_tenants),
 	};
 

@@ -1,10 +1,10 @@
 #!/bin/bash
 # The packaged unit under a real service manager: systemd as the first process of a PID
-# namespace of its own. Usage: test_systemd.sh KVGATED SOURCE_FOLDER
+# namespace of its own. Usage: test_systemd.sh KVGATED SOURCE_FOLDER KVGATECTL
 # Exit 77 where no such namespace can be made.
 set -euo pipefail
 
-kvgated=$1 source=$2
+kvgated=$1 source=$2 kvgatectl=$3
 manager=/lib/systemd/systemd
 
 skip() {
@@ -24,11 +24,13 @@ trap 'rm -rf -- "$dir"' EXIT
 cat >"$dir/enter" <<'ENTER'
 #!/bin/bash
 set -euo pipefail
-dir=$1 kvgated=$2 source=$3
+dir=$1 kvgated=$2 source=$3 kvgatectl=$4
 mkdir "$dir/bin"
 cp -- "$kvgated" "$dir/bin/kvgated"
+cp -- "$kvgatectl" "$dir/bin/kvgatectl"
 cp -- "$source/packaging/kvgated.conf" "$dir/kvgated.conf"
 mount -t tmpfs -o mode=0755 none /run
+mount -t tmpfs -o mode=0755 none /var/lib
 mkdir -p /run/kvg-test /run/systemd/system /run/dbus
 mount --bind "$dir" /run/kvg-test
 chmod 0755 "$dir" "$dir/bin" "$dir/bin/kvgated"
@@ -80,8 +82,21 @@ for round in 1 2; do
 	expect "Result" "$(property Result)" success
 	expect "ExecMainStatus" "$(property ExecMainStatus)" 0
 	expect "is-active" "$(systemctl is-active kvgated.service || true)" inactive
-	[ ! -e /run/kvgate/default.sock ]
+	[ ! -e /run/kvgate ] # as after a reboot
 done
+
+# Budgets that were set outlive that.
+ctl() { /run/kvg-test/bin/kvgatectl "$@"; }
+systemctl start kvgated.service
+ctl budget get default | grep -x 'device.max *1.0 GiB'
+ctl budget set default device.max=512M | grep -x 'device.max *512.0 MiB'
+expect "owner of the budgets" "$(stat -c %u /var/lib/kvgate/budgets.conf)" "$(id -u nobody)"
+systemctl stop kvgated.service
+[ ! -e /run/kvgate ]
+systemctl start kvgated.service
+ctl budget get default | grep -x 'device.max *512.0 MiB'
+ctl budget reset default | grep -x 'device.max *1.0 GiB'
+systemctl stop kvgated.service
 
 # It comes back after a crash by itself: wait for the manager to say so.
 systemctl start kvgated.service
@@ -98,7 +113,7 @@ CHECK
 chmod 0755 "$dir/enter" "$dir/check"
 
 timeout --kill-after=5 80 unshare --fork --pid --mount --mount-proc --kill-child \
-	"$dir/enter" "$dir" "$kvgated" "$source" </dev/null >"$dir/manager" 2>&1 || true
+	"$dir/enter" "$dir" "$kvgated" "$source" "$kvgatectl" </dev/null >"$dir/manager" 2>&1 || true
 [ -e "$dir/output" ] || skip "systemd does not start here: $(tail -n 3 "$dir/manager")"
 cat -- "$dir/output"
 [ "$(cat -- "$dir/result" 2>/dev/null)" = passed ]

@@ -97,6 +97,27 @@ static void hand_over(const struct fixture *fixture)
 	assert_int_equal(chown(fixture_path(fixture, "kvgated.conf", path), fixture->uid, fixture->uid), 0);
 }
 
+const char *const *fixture_obedience(void)
+{
+	static const char *const root[] = {"setpriv", "--bounding-set", "-dac_override", NULL};
+
+	return geteuid() == 0 ? root : root + 3;
+}
+
+static _Noreturn void exec_obedient(const char *const *argv)
+{
+	const char *all[12];
+	size_t n = 0;
+
+	for (const char *const *word = fixture_obedience(); *word; word++)
+		all[n++] = *word;
+	for (; *argv; argv++)
+		all[n++] = *argv;
+	all[n] = NULL;
+	(void)execvp(all[0], (char *const *)(uintptr_t)all);
+	_exit(127);
+}
+
 static _Noreturn void run_daemon(const struct fixture *fixture)
 {
 	char config[FIXTURE_PATH], state[FIXTURE_PATH], log[FIXTURE_PATH], notify[FIXTURE_PATH], uid[32];
@@ -111,6 +132,8 @@ static _Noreturn void run_daemon(const struct fixture *fixture)
 	(void)snprintf(uid, sizeof(uid), "%u", fixture->uid);
 	(void)fixture_path(fixture, "kvgated.conf", config);
 	(void)fixture_path(fixture, "state", state);
+	if (fixture->obedient)
+		exec_obedient(argv + 8);
 	if (fixture->uid)
 		(void)execvp(argv[0], (char *const *)(uintptr_t)argv);
 	else

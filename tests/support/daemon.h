@@ -24,6 +24,7 @@ struct fixture {
 	pid_t pid;              /* of the daemon; 0: not running */
 	int notify;             /* the datagram socket that the daemon reports its readiness to */
 	uid_t uid;              /* of the daemon; 0: the test's own */
+	bool obedient;          /* modes of files hold for the daemon also where the test is root */
 };
 
 /* What the daemon says of itself, or of one tenant (then workers .. promised are the tenant's). Sizes in bytes. */
@@ -40,6 +41,9 @@ void fixture_prepare(struct fixture *fixture, const char *config);
 
 /* Starts the daemon in a prepared folder and waits until it is ready. May follow fixture_end(). */
 void fixture_begin(struct fixture *fixture);
+
+/* What goes before the program's name where modes of files must hold for it: NULL-terminated, nothing unless root. */
+const char *const *fixture_obedience(void);
 
 /* Sends SIGTERM and waits: the daemon must say STOPPING=1 and exit with status 0. The folder stays. */
 void fixture_end(struct fixture *fixture);

@@ -62,6 +62,7 @@ static void test_defaults(void **state)
 	assert_int_equal(config.device_size, 64 << 20);
 	assert_int_equal(config.extent_size, 256 << 10);
 	assert_int_equal(config.spin_us, 50);
+	assert_null(config.budgets_dir);
 	assert_null(config.admin_socket);
 	assert_int_equal(config.admin_mode, 0660);
 	assert_null(config.admin_group);
@@ -88,7 +89,7 @@ static void test_everything(void **state)
 	(void)state;
 	expect_config("\xef\xbb\xbf# comment = x\n; [comment]\n\n"
 		      "[pool] ; the pool\r\n  device.size: 1.5G   ; a size\r\n\textent_size =1MiB\n"
-		      "[daemon]\nspin_us=0\n"
+		      "[daemon]\nspin_us=0\nbudgets_dir = /var/lib/x y\n"
 		      "[admin]\nsocket = /run/x y/admin.sock\nmode = 0600\ngroup = root\n"
 		      "[tenant  team-A_1.b] # one\nsocket = /run/a\nmode = 0666\nuids = root, 1000 "
 		      "2000,,3000\ndevice.max = 1G\n"
@@ -97,6 +98,7 @@ static void test_everything(void **state)
 	assert_int_equal(config.device_size, UINT64_C(3) << 29);
 	assert_int_equal(config.extent_size, 1 << 20);
 	assert_int_equal(config.spin_us, 0);
+	assert_string_equal(config.budgets_dir, "/var/lib/x y");
 	assert_string_equal(config.admin_socket, "/run/x y/admin.sock");
 	assert_int_equal(config.admin_mode, 0600);
 	assert_string_equal(config.admin_group, "root");
@@ -180,6 +182,7 @@ static void test_limits(void **state)
 		"max_entries: '4194305' is not a number from 1 to 4194304");
 	expect_refusal("[tenant a]\nmax_staged_rows = 4294967296\n", ":2",
 		"max_staged_rows: '4294967296' is not a number from 1 to 4294967295");
+	expect_refusal("[daemon]\nbudgets_dir =\n", ":2", "budgets_dir: the value is empty");
 	expect_refusal("[daemon]\npressure_ms = 0\n", ":2", "pressure_ms: '0' is not a number from 1 to 600000");
 }
 

@@ -432,6 +432,35 @@ static void test_a_slow_disk(void **state)
 	(void)loop_timer_free(timer);
 }
 
+static void start_in(struct fixture *f, const char *parent, const char *name)
+{
+	stop(f);
+	(void)snprintf(f->dir, sizeof(f->dir), "%s%s", parent, name);
+	start(f, POOL, "b");
+	assert_int_equal(budgets_load(f->budgets, f->text), 0);
+}
+
+/* One that is missing is made; where that cannot be, the configuration holds and every change is refused. */
+static void test_a_missing_directory(void **state)
+{
+	struct fixture *f = *state;
+	char parent[40], path[80];
+
+	(void)snprintf(parent, sizeof(parent), "%s", f->dir);
+	start_in(f, parent, "/new");
+	must_set(f, 0, DEVICE_MAX, 6 * EXTENT);
+	assert_int_equal(unlink(path_of(f, path)), 0);
+	assert_int_equal(rmdir(f->dir), 0);
+	assert_int_equal(set(f, 0, DEVICE_MAX, 5 * EXTENT), -ENOENT);
+	check(f, 0, 2 * EXTENT, 0, 6 * EXTENT, true);
+	start_in(f, parent, "/not/there");
+	assert_int_equal(set(f, 0, DEVICE_MAX, 5 * EXTENT), -ENOENT);
+	assert_non_null(strstr(
+		f->text, "/not/there/budgets.conf: cannot be written: No such file or directory; nothing was changed"));
+	check(f, 0, 2 * EXTENT, 0, 8 * EXTENT, false);
+	start_in(f, parent, "");
+}
+
 static void test_what_fits_no_more_is_left(void **state)
 {
 	struct fixture *f = *state;
@@ -524,6 +553,7 @@ int main(void)
 		BUDGETS_TEST(test_changes_at_once),
 		BUDGETS_TEST(test_end_with_changes),
 		BUDGETS_TEST(test_a_slow_disk),
+		BUDGETS_TEST(test_a_missing_directory),
 		BUDGETS_TEST(test_what_is_no_file_of_budgets),
 		BUDGETS_TEST(test_what_fits_no_more_is_left),
 		BUDGETS_TEST(test_a_file_of_any_form),
