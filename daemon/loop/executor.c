@@ -44,6 +44,7 @@ struct executor {
 	int event_fd;
 	unsigned pending; /* the reactor's */
 	_Atomic uint64_t spin_ns;
+	_Atomic uint64_t looks, sleeps; /* for executor_idle(); the thread alone writes them */
 	/* The thread's: */
 	bool more;        /* it has taken jobs that it has not begun */
 	unsigned polling; /* jobs that it asks again and again and that are not background work */
@@ -81,13 +82,27 @@ static struct job *stack_take(struct job_stack *stack)
 	return first;
 }
 
+static void count(_Atomic uint64_t *counter)
+{
+	atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + 1, memory_order_release);
+}
+
+static struct job *look_for_jobs(struct executor *executor)
+{
+	struct job *jobs = stack_take(&executor->inbox);
+
+	if (!jobs)
+		count(&executor->looks);
+	return jobs;
+}
+
 static struct job *spin_for_jobs(struct executor *executor)
 {
 	const uint64_t spin_ns = atomic_load_explicit(&executor->spin_ns, memory_order_relaxed);
 	const uint64_t until = spin_ns ? loop_now() + spin_ns : 0;
 	struct job *jobs;
 
-	while (!(jobs = stack_take(&executor->inbox)) && until && loop_now() < until)
+	while (!(jobs = look_for_jobs(executor)) && until && loop_now() < until)
 		cpu_relax();
 	return jobs;
 }
@@ -119,6 +134,7 @@ static struct job *wait_for_jobs(struct executor *executor)
 
 	if (jobs)
 		return jobs;
+	count(&executor->sleeps);
 	sleep_until(executor, UINT64_MAX);
 	return stack_take(&executor->inbox);
 }
@@ -385,6 +401,15 @@ uint64_t executor_slice(const struct executor *executor)
 bool executor_is_busy(const struct executor *executor)
 {
 	return executor->polling || has_waiting(executor) || loop_now() - executor->busy_ns < BUSY_NS;
+}
+
+struct executor_idle executor_idle(const struct executor *executor)
+{
+	/* In this order: a sleep that is seen comes with its looks, or with more. */
+	uint64_t sleeps = atomic_load_explicit(&executor->sleeps, memory_order_acquire);
+
+	return (struct executor_idle){
+		.looks = atomic_load_explicit(&executor->looks, memory_order_relaxed), .sleeps = sleeps};
 }
 
 unsigned executor_pending(const struct executor *executor)

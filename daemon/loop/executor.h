@@ -50,6 +50,12 @@ uint64_t executor_slice(const struct executor *executor);
 /* Whether there are jobs that are not background work, or were 2 ms ago. On the executor. */
 bool executor_is_busy(const struct executor *executor);
 
+/* What the thread does between jobs while it polls none: it looks for one, in vain, and then sleeps or looks again. */
+struct executor_idle {
+	uint64_t looks, sleeps;
+};
+struct executor_idle executor_idle(const struct executor *executor);
+
 /* Jobs submitted and not yet done. */
 unsigned executor_pending(const struct executor *executor);
 

@@ -1,6 +1,7 @@
 #include "daemon/loop/executor.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -517,6 +518,58 @@ static void test_background_work(void **state)
 	assert_int_equal(foreground.polls, 100);
 }
 
+/* ---- between jobs ---- */
+
+enum { IDLE_JOBS = 20 };
+
+static struct executor_idle wait_asleep(const struct executor *executor, uint64_t sleeps)
+{
+	struct executor_idle idle;
+
+	while (idle = executor_idle(executor), idle.sleeps < sleeps)
+		(void)sched_yield();
+	return idle;
+}
+
+/* So many jobs, each when the thread sleeps. Ends when it sleeps again: once for each of them, and before. */
+static struct executor_idle run_apart(struct fixture *fixture, uint64_t sleeps)
+{
+	struct executor_idle idle = wait_asleep(fixture->executor, sleeps);
+
+	for (unsigned i = 1; i <= IDLE_JOBS; i++) {
+		struct worker worker = {.job = {.run = nothing_run, .done = background_done}, .loop = fixture->loop};
+
+		executor_submit(fixture->executor, &worker.job);
+		assert_int_equal(loop_run(fixture->loop), 0);
+		idle = wait_asleep(fixture->executor, sleeps + i);
+		assert_int_equal(idle.sleeps, sleeps + i);
+	}
+	return idle;
+}
+
+static void test_sleeps_at_once(void **state)
+{
+	struct fixture *fixture = *state;
+	struct executor_idle idle = run_apart(fixture, 1);
+
+	assert_int_equal(idle.looks, idle.sleeps);
+}
+
+/* How often depends on the machine; never to have had the time for a second look would be strange indeed. */
+static void test_looks_again_before_it_sleeps(void **state)
+{
+	struct fixture *fixture = *state;
+	struct executor_idle before = run_apart(fixture, 1), idle;
+
+	executor_set_spin(fixture->executor, 1000000000);
+	idle = run_apart(fixture, before.sleeps);
+	assert_true(idle.looks - before.looks > idle.sleeps - before.sleeps);
+	executor_set_spin(fixture->executor, 0);
+	before = run_apart(fixture, idle.sleeps); /* its first job still ends a spin */
+	idle = run_apart(fixture, before.sleeps);
+	assert_int_equal(idle.looks - before.looks, IDLE_JOBS);
+}
+
 #define EXECUTOR_TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
 
 int main(void)
@@ -534,6 +587,8 @@ int main(void)
 		EXECUTOR_TEST(test_free_drains_polled),
 		EXECUTOR_TEST(test_slice_while_others_wait),
 		EXECUTOR_TEST(test_background_work),
+		EXECUTOR_TEST(test_sleeps_at_once),
+		EXECUTOR_TEST(test_looks_again_before_it_sleeps),
 	};
 
 	return runner_run("executor", tests, sizeof(tests) / sizeof(tests[0]));

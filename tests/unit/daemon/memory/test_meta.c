@@ -56,6 +56,46 @@ static void test_forget_places(void **state)
 	(void)meta_free(meta);
 }
 
+/* The extent's pages that exist, by bit. */
+static uint64_t resident(const struct meta *meta, uint32_t extent)
+{
+	size_t pages = meta->header->places_size / 4096;
+	unsigned char there[64] = {0};
+	uint64_t mask = 0;
+
+	assert_in_range(pages, 2, 63);
+	assert_int_equal(mincore(meta_places(meta, extent), meta->header->places_size, there), 0);
+	for (size_t i = 0; i < pages; i++)
+		mask |= (uint64_t)(there[i] & 1) << i;
+	return mask;
+}
+
+/* Of one extent as many as its blocks need, and at most all; of the others none. */
+static void test_populate_places(void **state)
+{
+	const uint32_t blocks = 4096 / (KVG_BLOCK_TOKENS * sizeof(struct meta_place)); /* of a page */
+	struct meta *meta;
+	uint64_t all;
+
+	(void)state;
+	assert_int_equal(meta_new(4 * EXTENT, EXTENT, 4096, &meta), 0);
+	all = (UINT64_C(1) << meta->header->places_size / 4096) - 1;
+	for (uint32_t i = 0; i < 4; i++)
+		assert_int_equal(resident(meta, i), 0);
+	meta_populate_places(meta, 1, blocks + 1);
+	assert_int_equal(resident(meta, 0), 0);
+	assert_int_equal(resident(meta, 1), 3);
+	assert_int_equal(resident(meta, 2), 0);
+	meta_populate_places(meta, 2, (uint32_t)(meta->header->places_size / 4096 + 1) * blocks);
+	assert_int_equal(resident(meta, 1), 3);
+	assert_int_equal(resident(meta, 2), all);
+	assert_int_equal(resident(meta, 3), 0);
+	meta_forget_places(meta, 2);
+	assert_int_equal(resident(meta, 2), 0);
+	assert_int_equal(resident(meta, 1), 3);
+	(void)meta_free(meta);
+}
+
 /* Every table of a part lies in it, none overlaps another: each is filled with a value of its own. */
 static void fill_part(const struct meta_part *part, uint8_t value)
 {
@@ -237,6 +277,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_fixed_part),
 		cmocka_unit_test(test_forget_places),
+		cmocka_unit_test(test_populate_places),
 		cmocka_unit_test(test_parts_do_not_overlap),
 		cmocka_unit_test(test_ranges_are_reused_clean),
 		cmocka_unit_test(test_forget_one_sequence),
