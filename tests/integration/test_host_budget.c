@@ -301,12 +301,89 @@ static void test_an_operator_drops_a_context(void **state)
 	stage_close(&s);
 }
 
+/* ---- the min of the host ---- */
+
+/* A full sequence of four stripes; what its offload says. */
+static int put_image(const struct stage *s, struct kvg_client *client, struct kv *kv)
+{
+	const struct kvg_policy policy = {.ratio = 1, .mode = KVG_MODE_OFF, .context_tokens = 4 * KVG_STRIPE_TOKENS};
+	int r;
+
+	assert_int_equal(kv_create(kv, client, &s->layout, &policy, 9), 0);
+	assert_int_equal(kv_feed(kv, 4 * KVG_STRIPE_TOKENS, 1), 0);
+	r = kvg_offload(client, kv->id, NULL);
+	assert_int_equal(kvg_return_memory(client), 0);
+	return r;
+}
+
+static struct fixture_usage usage_of(const struct stage *s, const char *tenant)
+{
+	struct fixture_usage usage;
+
+	fixture_tenant(&s->fixture, tenant, &usage);
+	return usage;
+}
+
+/* As many images as one has room for, of at most `most`; their number. Each that there is no room for stays. */
+static unsigned put_images(const struct stage *s, struct kvg_client *client, struct kv *kvs, unsigned most, int *ret)
+{
+	unsigned n = 0;
+
+	while (n < most && (*ret = put_image(s, client, &kvs[n])) == 0)
+		n++;
+	return n;
+}
+
+/* Another tenant has taken all that it can, more than is its own, and still every byte of the min is there. */
+static void test_within_its_min_a_tenant_is_never_refused(void **state)
+{
+	const uint64_t image = 17 * FRAME, min = 3 * image; /* four stripes and their places */
+	struct process_output output;
+	struct kvg_client *chat;
+	struct kv ours[4], theirs[40];
+	char path[FIXTURE_PATH];
+	unsigned count, more;
+	struct stage s;
+	int r = 0;
+
+	(void)state;
+	stage_open(&s);
+	chat = kv_connect(fixture_path(&s.fixture, "state/chat.sock", path), "other", &s.layout);
+	assert_non_null(chat);
+	set_budget(&s, "host.min", min, &output);
+	count = put_images(&s, chat, theirs, 40, &r);
+	assert_int_equal(r, -ENOSPC);
+	assert_names(kvg_error(chat), "tenant chat: host pool 32.0 MiB");
+	assert_names(kvg_error(chat), "others' unused min 3.1 MiB");
+	assert_int_equal(count, ((32u << 20) - min) / image);
+	assert_int_equal(usage_of(&s, "chat").host_charged, count * image);
+	for (unsigned i = 0; i < 3; i++) {
+		assert_int_equal(put_image(&s, s.client, &ours[i]), 0);
+		assert_int_equal(
+			kvg_offload(chat, theirs[count].id, NULL), -ENOSPC); /* nothing of it has become theirs */
+	}
+	assert_int_equal(usage_of(&s, "search").host_charged, min);
+	fixture_audit(&s.fixture);
+	more = put_images(&s, s.client, &ours[3], 1, &r); /* what is above its min is anybody's */
+	assert_int_equal(more, ((32u << 20) - min) % image / image);
+	assert_int_equal(r, -ENOSPC);
+	assert_names(kvg_error(s.client), "tenant search: host pool 32.0 MiB");
+	for (unsigned i = 0; i < 4; i++)
+		assert_int_equal(kv_free(&ours[i]), 0);
+	assert_int_equal(kvg_offload(chat, theirs[count].id, NULL), -ENOSPC); /* also when it is empty again */
+	for (unsigned i = 0; i <= count; i++)
+		assert_int_equal(kv_free(&theirs[i]), 0);
+	(void)kvg_close(chat);
+	stage_close(&s);
+}
+
 int main(void)
 {
 	static const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_a_lower_max_drops_contexts_then_the_lowest_scores_and_names_images),
 		cmocka_unit_test(test_above_high_the_background_drops),
 		cmocka_unit_test(test_an_operator_drops_a_context),
+		cmocka_unit_test(test_within_its_min_a_tenant_is_never_refused),
 	};
 
 	return runner_run("integration/host_budget", tests, sizeof(tests) / sizeof(*tests));
