@@ -83,7 +83,8 @@ static const struct {
 struct samples {
 	double seconds[ROUNDS_MAX + 1]; /* [0]: the first round's */
 	uint32_t count;
-	double bytes; /* that one moves */
+	double bytes;  /* that one moves */
+	uint64_t said; /* by the daemon: bytes of the image, moved, or of the context; 0: of none */
 };
 
 struct tiers {
@@ -347,6 +348,7 @@ static int move_blocks(struct tiers *tiers, const struct kvg_sqe *sqe, unsigned 
 	if (r < 0)
 		return r;
 	note(tiers, move, start, bytes);
+	tiers->samples[move].said = cqe.value[0];
 	note_seconds(tiers, move + 2, (double)cqe.value[ns] / 1e9, bytes);
 	r = kvg_return_memory(tiers->client);
 	note(tiers, move + 1, start, bytes);
@@ -446,6 +448,7 @@ static int share(struct tiers *tiers, uint8_t number)
 		return report(tiers->client, kvg_free(tiers->client, seq), "free");
 	}
 	note(tiers, PUBLISH, start, (double)bytes_of(tiers, tiers->tokens - 7));
+	tiers->samples[PUBLISH].said = info.bytes;
 	/* It does not stay: whoever is not in a call of the library does not unmap what the daemon wants back. */
 	r = open_client(tiers, &tiers->other);
 	if (r == 0)
@@ -530,9 +533,10 @@ static json_t *print_move(struct tiers *tiers, enum move move, double evict_seco
 	}
 	(void)printf("%-34s %10.3f %10.3f %10.3f  %12s %6s\n", about[move].name, 1e3 * seconds,
 		1e3 * samples->seconds[1], 1e3 * samples->seconds[0], text[0], text[1]);
-	return json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f}", "move", about[move].key, "bytes", samples->bytes,
-		"median_ms", 1e3 * seconds, "best_ms", 1e3 * samples->seconds[1], "first_ms", 1e3 * samples->seconds[0],
-		"bytes_per_second", rate, "of_large_copy", rate > 0 ? rate / floor : 0.0);
+	return json_pack("{s:s, s:I, s:I, s:f, s:f, s:f, s:f, s:f}", "move", about[move].key, "bytes",
+		(json_int_t)samples->bytes, "daemon_bytes", (json_int_t)samples->said, "median_ms", 1e3 * seconds,
+		"best_ms", 1e3 * samples->seconds[1], "first_ms", 1e3 * samples->seconds[0], "bytes_per_second", rate,
+		"of_large_copy", rate > 0 ? rate / floor : 0.0);
 }
 
 static int print(struct tiers *tiers)
