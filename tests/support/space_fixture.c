@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "daemon/metrics/audit.h"
 #include "daemon/sequence/context.h"
@@ -50,8 +51,23 @@ static void on_complete(void *user, struct request *request)
 	call->order = ++fixture->completed;
 	if (!fixture->no_audit)
 		fixture_audit(fixture);
+	if (fixture->told)
+		fixture->told(fixture->told_user, fixture, request);
 	if (fixture->waiting == call)
 		loop_stop(fixture->loop);
+}
+
+/* As libkvgate does it. fd: -1 takes the mapping away. */
+static void map_view(const struct fixture *fixture, uint32_t slot, int fd)
+{
+	size_t size = fixture->space->arena->extent_size;
+	uint8_t *at = fixture->view ? fixture->view + slot * size : NULL;
+
+	if (at && fd >= 0)
+		assert_true(mmap(at, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == at);
+	else if (at)
+		assert_true(mmap(at, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) ==
+			    at);
 }
 
 static int on_added(void *user, struct extent *const *extents, uint32_t count)
@@ -63,6 +79,7 @@ static int on_added(void *user, struct extent *const *extents, uint32_t count)
 		assert_false(fixture->mapped[extents[i]->meta->slot]);
 		assert_true(extents[i]->fd >= 0);
 		fixture->mapped[extents[i]->meta->slot] = true;
+		map_view(fixture, extents[i]->meta->slot, extents[i]->fd);
 	}
 	fixture->mapped_count += count;
 	fixture->events++;
@@ -77,6 +94,7 @@ static uint32_t on_dropped(void *user, const uint32_t *slots, uint32_t count)
 	for (uint32_t i = 0; i < count; i++) {
 		assert_true(fixture->mapped[slots[i]]);
 		fixture->mapped[slots[i]] = false;
+		map_view(fixture, slots[i], -1);
 	}
 	fixture->mapped_count -= count;
 	fixture->dropped_event = ++fixture->events;
@@ -114,6 +132,18 @@ static void open_space(struct fixture *fixture)
 		fail_msg("%s", fixture->text);
 }
 
+static size_t view_size(const struct arena *arena)
+{
+	return arena->slots * arena->extent_size;
+}
+
+static void reserve_view(struct fixture *fixture)
+{
+	fixture->view = mmap(
+		NULL, view_size(fixture->space->arena), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	assert_true(fixture->view != MAP_FAILED);
+}
+
 static void open_layout(struct fixture *fixture, const struct fixture_options *options)
 {
 	uint32_t rows;
@@ -127,6 +157,8 @@ static void open_layout(struct fixture *fixture, const struct fixture_options *o
 	fixture->staging = calloc(1, fixture->staging_size);
 	fixture->mapped = calloc(fixture->space->arena->slots, sizeof(bool));
 	assert_true(fixture->staging && fixture->mapped);
+	if (options->view)
+		reserve_view(fixture);
 	open_space(fixture);
 }
 
@@ -213,6 +245,8 @@ void fixture_free(struct fixture *fixture)
 		request_deinit(&list_entry(node, struct call, node)->request);
 		free(list_entry(node, struct call, node));
 	}
+	if (fixture->view)
+		(void)munmap(fixture->view, view_size(fixture->space->arena));
 	(void)space_free(fixture->space);
 	if (!fixture->first) {
 		(void)executor_free(fixture->executor);

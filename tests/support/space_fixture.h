@@ -25,7 +25,13 @@ struct fixture_options {
 	uint64_t device_max;       /* [pool_size] */
 	uint64_t host_size;        /* of the host tier [0] */
 	struct kind *kind;         /* [a new host kind]; borrowed */
+	bool view;                 /* the worker has a mapping of its own */
 };
+
+struct fixture;
+
+/* Told of each completion, before anything else goes on; calls are done by then. */
+typedef void (*fixture_completed)(void *user, struct fixture *fixture, const struct request *request);
 
 struct call {
 	struct list node;
@@ -49,7 +55,10 @@ struct fixture {
 	struct list calls;
 	const struct call *waiting;
 	unsigned completed;
-	bool *mapped; /* by arena slot */
+	bool *mapped;  /* by arena slot */
+	uint8_t *view; /* the extents that the worker has mapped, each at its slot; NULL: see fixture_options */
+	fixture_completed told;
+	void *told_user;
 	unsigned mapped_count;
 	uint32_t events, dropped_event, acknowledged;
 	int added_status; /* what extents_added() answers */

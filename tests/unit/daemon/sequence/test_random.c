@@ -1,8 +1,8 @@
 /*
  * Entries at random in three workers' spaces of one tenant, that no case by itself would try: for sequences that are
  * there, that will be, and that never were, in bursts, while the daemon's own requests, reclaim, kills, other budgets
- * and failures of the host's memory come in between. Each one is completed, the metadata is right, and in the end every
- * byte is back.
+ * and failures of the host's memory come in between. Each one is completed, the metadata is right, every pair is what
+ * its place says (contents.h), and in the end every byte is back.
  *
  * KVG_RANDOM_SEED (1) is the first seed and KVG_RANDOM_SEEDS (24) how many there are. Each is printed when it begins,
  * so that the last one of the output is the one that failed, also when a sanitizer ended the program. A seed does not
@@ -12,11 +12,13 @@
 #include "daemon/sequence/context.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "daemon/sequence/offload.h"
+#include "tests/support/contents.h"
 #include "tests/support/space_model.h"
 #include "tests/support/test_kind.h"
 
@@ -27,6 +29,7 @@
 #define LAYERS      2
 #define HEADS       2
 #define EXTENT      (16u << 10)
+#define WIDE_EXTENT (256u << 10)
 #define OPS         32
 #define SORTS       17
 #define MOST_TURNS  200000
@@ -44,11 +47,13 @@ struct counts {
 	struct count worker[OPS], own[OPS]; /* by operation; own: the daemon's own requests */
 	struct count short_stage, long_stage;
 	unsigned killed, longest_burst;
+	struct contents_counts contents;
 };
 
 /* What differs from seed to seed besides the entries. */
 struct variation {
 	size_t extent_size;
+	uint32_t k_dim, v_dim; /* of floats, so many that copies of blocks take several slices; 0: few */
 	uint64_t device_max, host_size;
 	uint32_t fail_one_in;     /* creations of extents; 0: none */
 	uint32_t context_entries; /* that the metadata's table has for contexts; 0: all */
@@ -68,6 +73,7 @@ struct world {
 	uint32_t weights[SORTS]; /* how often each sort of entry is submitted */
 	struct random random;
 	struct reclaim reclaim;
+	struct contents *contents;
 	struct fixture *spaces[SPACES]; /* the first one has the loop, the pool and the tenant */
 	uint32_t context_entries;       /* that the table had */
 	unsigned own;                   /* requests of the daemon's own that have not ended */
@@ -93,9 +99,12 @@ static bool one_in(struct world *world, uint32_t n)
 static struct variation variation_of(unsigned seed)
 {
 	static const uint64_t host_sizes[] = {0, 256 << 10, 4 << 20};
-	size_t extent_size = (size_t)EXTENT << seed % 3;
+	bool wide = seed % 7 == 6;
+	size_t extent_size = wide ? WIDE_EXTENT : (size_t)EXTENT << seed % 3;
 
 	return (struct variation){.extent_size = extent_size,
+		.k_dim = wide ? 128 : 0,
+		.v_dim = wide ? 96 : 0,
 		.device_max = (20 + seed % 5 * 20) * (uint64_t)extent_size,
 		.host_size = host_sizes[(seed + seed / 3) % 3],
 		.fail_one_in = seed % 6 == 1 ? 20 : 0,
@@ -472,6 +481,7 @@ static void own_completed(struct request *request)
 	struct own *own = list_entry(request, struct own, request);
 
 	note(&own->world->counts->own[request->sqe.op], request);
+	contents_completed(own->world->contents, request->space->user, request);
 	own->world->own--;
 	request_deinit(request);
 	free(own);
@@ -602,10 +612,27 @@ static void fill_staging(struct world *world, const struct fixture *fixture)
 		scores[i] = (float)below(world, 1000) / 1000.0f;
 }
 
+static struct fixture_options options_of(const struct world *world)
+{
+	const struct variation *v = &world->variation;
+
+	return (struct fixture_options){.extent_size = v->extent_size,
+		.device_max = v->device_max,
+		.host_size = v->host_size,
+		.layers = LAYERS,
+		.heads = HEADS,
+		.k_dim = v->k_dim,
+		.v_dim = v->v_dim,
+		.k_dtype = v->k_dim ? KVG_F32 : KVG_BF16,
+		.v_dtype = v->v_dim ? KVG_F32 : KVG_BF16,
+		.max_tokens = 1024,
+		.max_sequences = 6,
+		.view = true};
+}
+
 static void join(struct world *world, unsigned i)
 {
-	const struct fixture_options options = {
-		.extent_size = world->variation.extent_size, .max_tokens = 1024, .max_sequences = 6};
+	const struct fixture_options options = options_of(world);
 
 	world->spaces[i] = fixture_join(world->spaces[0], NULL, &options);
 	world->spaces[i]->no_audit = !world->variation.audit;
@@ -617,6 +644,7 @@ static void leave(struct world *world, unsigned i)
 {
 	struct fixture *fixture = world->spaces[i];
 
+	contents_leave(world->contents, fixture);
 	fixture_kill(fixture);
 	fixture_audit(world->spaces[0]);
 	(void)reap(world, fixture);
@@ -630,6 +658,7 @@ static void replace_one(struct world *world)
 
 	leave(world, i);
 	join(world, i);
+	contents_join(world->contents, world->spaces[i]);
 	world->counts->killed++;
 }
 
@@ -658,8 +687,10 @@ static void one_round(struct world *world)
 		fixture_turn(world->spaces[0]);
 	for (unsigned i = 0; i < SPACES; i++)
 		(void)reap(world, world->spaces[i]);
-	if (one_in(world, 8))
-		fixture_audit(world->spaces[0]);
+	if (!one_in(world, 8))
+		return;
+	fixture_audit(world->spaces[0]);
+	contents_check(world->contents);
 }
 
 /* ---- from beginning to end ---- */
@@ -667,20 +698,14 @@ static void one_round(struct world *world)
 static void begin(struct world *world)
 {
 	const struct variation *v = &world->variation;
-	const struct fixture_options options = {.kind = &world->kind.kind,
-		.extent_size = v->extent_size,
-		.device_max = v->device_max,
-		.host_size = v->host_size,
-		.layers = LAYERS,
-		.heads = HEADS,
-		.max_tokens = 1024,
-		.max_sequences = 6};
+	struct fixture_options options = options_of(world);
 	struct fixture *first;
 
 	weigh(world);
 	test_kind_init(&world->kind);
 	world->kind.ops.create = create;
 	world->fail_one_in = v->fail_one_in;
+	options.kind = &world->kind.kind;
 	first = world->spaces[0] = fixture_new(&options);
 	first->no_audit = !v->audit;
 	fill_staging(world, first);
@@ -693,6 +718,7 @@ static void begin(struct world *world)
 		first->pool->meta->free_context_count = v->context_entries;
 	for (unsigned i = 1; i < SPACES; i++)
 		join(world, i);
+	world->contents = contents_new(world->spaces, SPACES);
 }
 
 static void fail_unfinished(const struct world *world)
@@ -726,6 +752,19 @@ static void settle(struct world *world)
 			fail_unfinished(world);
 	}
 	fixture_audit(world->spaces[0]);
+	contents_check(world->contents);
+}
+
+static void note_contents(const struct world *world)
+{
+	struct contents_counts *all = &world->counts->contents, counts = contents_counts(world->contents);
+
+	all->pairs += counts.pairs;
+	all->dropped += counts.dropped;
+	all->recalled += counts.recalled;
+	all->joined += counts.joined;
+	all->contexts += counts.contexts;
+	contents_free(world->contents);
 }
 
 static void end(struct world *world)
@@ -734,6 +773,8 @@ static void end(struct world *world)
 
 	for (unsigned i = SPACES - 1; i; i--)
 		leave(world, i);
+	contents_leave(world->contents, first);
+	note_contents(world);
 	fixture_kill(first);
 	restore_budgets(world);
 	first->tenant->reclaim = NULL;
@@ -787,9 +828,15 @@ static void judge_all(const struct counts *counts)
 		useless += judge("the daemon's own operation", own_ops[i], &counts->own[own_ops[i]]);
 	useless += judge("stage of scores up to", LONG_SCORES, &counts->short_stage);
 	useless += judge("stage of scores from", LONG_SCORES + 1, &counts->long_stage);
+	print_message("pairs read %" PRIu64 ", dropped %" PRIu64 ", recalled %" PRIu64 "; joined %" PRIu64
+		      ", contexts read %" PRIu64 "\n",
+		counts->contents.pairs, counts->contents.dropped, counts->contents.recalled, counts->contents.joined,
+		counts->contents.contexts);
 	assert_int_equal(useless, 0);
 	assert_true(counts->short_stage.succeeded > counts->long_stage.succeeded);
 	assert_true(counts->killed > 0);
+	assert_true(counts->contents.pairs > 0 && counts->contents.dropped > 0 && counts->contents.recalled > 0);
+	assert_true(counts->contents.joined > 0 && counts->contents.contexts > 0);
 	assert_in_range(counts->longest_burst, 150, 200);
 }
 
