@@ -119,19 +119,59 @@ static int complain(const struct body *body, uint32_t row, uint32_t at, const ch
 	return -EBADMSG;
 }
 
+/* How much of the sequence is wrong, and how: of memory that was never written, of others, or once its own. */
+static void survey(struct body_kv *kv, const struct body *body)
+{
+	uint32_t pairs = 0, foreign = 0, zero = 0;
+
+	for (uint32_t row = 0; row < kv->rows; row++) {
+		size_t at = row_at(kv, body, row);
+		uint32_t length = kv->view.base_len[at] + kv->view.appended[(uint32_t)body->seq], wrong = 0;
+
+		for (uint32_t index = 0; index < length; index++) {
+			const uint32_t *k = pair_at(kv, at, index, 0);
+
+			wrong += k[0] >= body->pos || k[1] != word_of(body->tag[k[0]], row, k[0], 1);
+			zero += !k[0] && !k[1] && !k[kv->k_words - 1];
+		}
+		if (wrong)
+			(void)fprintf(stderr, "row %u: %u of %u pairs are foreign, first block %u\n", row, wrong,
+				length, kv->view.ids[at * kv->view.row_cap]);
+		pairs += length;
+		foreign += wrong;
+	}
+	(void)fprintf(stderr, "%u of %u pairs are foreign, %u zero\n", foreign, pairs, zero);
+}
+
+static int foreign(struct body_kv *kv, const struct body *body, uint32_t row, uint32_t index, const char *what)
+{
+	size_t at = row_at(kv, body, row);
+	const uint32_t *k = pair_at(kv, at, index, 0), *v = pair_at(kv, at, index, 1);
+	const struct kvg_slot *slot = &kv->view.slots[(uint32_t)body->seq];
+
+	(void)fprintf(stderr,
+		"block %u: K %08x %08x %08x, V %08x %08x; base length %u, appended %u, generation %u, committed %u, "
+		"reserved %u, shared %u\n",
+		kv->view.ids[at * kv->view.row_cap + index / KVG_BLOCK_TOKENS], k[0], k[1], k[kv->k_words - 1], v[0],
+		v[1], kv->view.base_len[at], kv->view.appended[(uint32_t)body->seq], slot->generation,
+		slot->committed_pos, slot->reserved_pos, slot->shared_pos);
+	survey(kv, body);
+	return complain(body, row, index, what);
+}
+
 static int read_pair(struct body_kv *kv, const struct body *body, uint32_t row, size_t at, uint32_t index)
 {
 	const uint32_t *k = pair_at(kv, at, index, 0), *v = pair_at(kv, at, index, 1);
 	uint32_t pos = k[0], bit = 1u << pos % 32;
 
 	if (pos >= body->pos)
-		return complain(body, row, index, "a pair of no position of the sequence's");
+		return foreign(kv, body, row, index, "a pair of no position of the sequence's");
 	for (uint32_t word = 1; word < kv->k_words; word++)
 		if (k[word] != word_of(body->tag[pos], row, pos, word))
-			return complain(body, row, index, "foreign bytes in K");
+			return foreign(kv, body, row, index, "foreign bytes in K");
 	for (uint32_t word = 0; word < kv->v_words; word++)
 		if (v[word] != word_of(body->tag[pos], row, pos, word + kv->k_words))
-			return complain(body, row, index, "foreign bytes in V");
+			return foreign(kv, body, row, index, "foreign bytes in V");
 	if (kv->found[row][pos / 32] & bit)
 		return complain(body, row, pos, "a pair for the second time");
 	kv->found[row][pos / 32] |= bit;

@@ -17,7 +17,7 @@
 #include "tests/stress/stress.h"
 
 #define BODY_WORDS (STRESS_TOKENS / 32)
-#define BODY_PAST  12u
+#define BODY_PAST  32u
 
 /* Positions that rows hold: bit p % 32 of word p / 32. */
 typedef uint32_t body_bits[STRESS_ROWS][BODY_WORDS];
