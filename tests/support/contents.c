@@ -458,13 +458,26 @@ static void look_at(struct contents *contents, struct rows *rows, uint8_t op)
 		write_ahead(contents, rows);
 }
 
+/* What its slot held before is not the sequence's. */
+static void check_empty(const struct contents *contents, const struct rows *rows)
+{
+	const struct meta_row *meta = meta_rows(&rows->fixture->space->part, slot_of(rows));
+
+	for (uint32_t row = 0; row < contents->rows; row++)
+		if (meta[row].held_blocks || meta[row].held_len || meta[row].base_len || table_length(rows, row))
+			fail_msg("sequence %#" PRIx64 ", row %u: %u blocks, and it is new", rows->name, row,
+				meta[row].held_blocks);
+}
+
 static void begin_sequence(struct contents *contents, const struct fixture *fixture, const struct request *request)
 {
 	struct rows *rows = new_sequence(contents, fixture, request->cqe.seq);
 	const struct rows *context;
 
-	if (request->sqe.op != KVG_OP_ATTACH)
+	if (request->sqe.op == KVG_OP_CREATE) {
+		check_empty(contents, rows);
 		return;
+	}
 	context = find_context(contents, request->sqe.seq);
 	assert_non_null(context);
 	copy_held(contents, rows, context);
