@@ -420,9 +420,19 @@ static int write_tokens(struct worker *w, struct body *body, uint32_t count)
 	return r;
 }
 
+/* Some begin with less than a block of tokens: all that they are is a tail, whoever forks or publishes them. */
+static uint32_t feed_count(struct worker *w, const struct body *body)
+{
+	uint32_t left = body->boundary - body->pos, most = left < FEED_MAX ? left : FEED_MAX;
+
+	if (!body->pos && chance(w, 15) && most >= KVG_BLOCK_TOKENS)
+		most = KVG_BLOCK_TOKENS - 1;
+	return between(w, 1, most);
+}
+
 static int feed(struct worker *w, struct body *body)
 {
-	uint32_t left = body->boundary - body->pos, count = between(w, 1, left < FEED_MAX ? left : FEED_MAX);
+	uint32_t count = feed_count(w, body);
 	int r;
 
 	body_note(body, OP_RESERVE);
@@ -597,6 +607,8 @@ static int step(struct worker *w, struct body *body)
 		return come(w, body);
 	if (body->away)
 		return chance(w, 5) ? forget(w, body) : chance(w, 40) ? bring_back(w, body) : 0;
+	if (body->pos && body->pos < KVG_BLOCK_TOKENS && chance(w, 30))
+		return known(w, OP_FORK) && free_body(w) ? fork_body(w, body) : forget(w, body);
 	if (chance(w, 15))
 		return step_aside(w, body);
 	if (due && (!done || body->fold_pos < body->pos))
