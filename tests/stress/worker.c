@@ -333,10 +333,11 @@ static int publish(struct worker *w, struct body *body)
 	uint64_t number = __atomic_fetch_add(&shared->next_context[w->seat->tenant], 1, __ATOMIC_ACQ_REL);
 	struct stress_context *context = &shared->contexts[w->seat->tenant][number % STRESS_CONTEXTS];
 	struct kvg_context_info info = {0};
+	uint64_t version = 2 * number + 1;
 	uint8_t key[KVG_KEY_SIZE];
 	int r;
 
-	__atomic_store_n(&context->version, 2 * number + 1, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&context->version, version, __ATOMIC_SEQ_CST);
 	context->number = number;
 	context->tokens = body->pos;
 	memcpy(context->tag, body->tag, sizeof(context->tag));
@@ -347,7 +348,9 @@ static int publish(struct worker *w, struct body *body)
 	r = answer(w, OP_PUBLISH, kvg_publish(w->client, body->seq, key, &info));
 	if (r)
 		return r;
-	__atomic_store_n(&context->version, 2 * number + 2, __ATOMIC_RELEASE);
+	/* Unless it took so long that a newer one has the entry. */
+	(void)__atomic_compare_exchange_n(
+		&context->version, &version, version + 1, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 	body->shared = body->fixed = body->fold_pos = body->pos;
 	if (info.tokens != body->pos || info.existed)
 		return found(w, -EBADMSG, "publish", "another number of tokens, or there already");
