@@ -466,6 +466,22 @@ static void append(struct world *world, struct fixture *fixture)
 	(void)fixture_start(fixture, &sqe);
 }
 
+/* Few sequences have anything that a recall could bring back. */
+static void recall_one(struct world *world, struct fixture *fixture)
+{
+	static const struct sort recall_sort = {.op = KVG_OP_RECALL, .fill = fill_recall};
+	uint32_t most = fixture->layout.max_sequences, first = below(world, most);
+
+	for (uint32_t i = 0; i < most; i++) {
+		const struct sequence *sequence = fixture->space->sequences[(first + i) % most];
+
+		if (!sequence || sequence->busy || !sequence->meta->retained_bytes)
+			continue;
+		submit(world, fixture, &recall_sort, sequence_handle(sequence));
+		return;
+	}
+}
+
 /* ---- what the daemon does of its own accord ---- */
 
 static void note(struct count *count, const struct request *request)
@@ -671,6 +687,8 @@ static void one_round(struct world *world)
 		append(world, fixture);
 	if (one_in(world, 2))
 		submit_own(world, fixture);
+	if (one_in(world, 4))
+		recall_one(world, fixture);
 	if (one_in(world, 40))
 		burst(world, fixture);
 	if (one_in(world, 60))
