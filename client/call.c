@@ -223,12 +223,16 @@ static void relax(void)
 #endif
 }
 
-/* Whether something can be handled without waiting. */
+/* Whether something can be handled without waiting. Events are counted before they come. */
 static int something_ready(struct kvg_client *client)
 {
 	const struct kvg_cqe *cqe;
+	uint32_t events = client->events;
+	int r = ring_events(&client->ring) != events ? client_receive(client) : 0;
 
-	return peek_ready(client, &cqe) ?: ring_events(&client->ring) != client->events || client_is_pressed(client);
+	if (r < 0)
+		return r;
+	return peek_ready(client, &cqe) ?: client->events != events || client_is_pressed(client);
 }
 
 /* Looks until something is there or the spinning time is over: 1, 0 or a broken connection's status. */
@@ -370,9 +374,12 @@ int client_finish(struct kvg_client *client, uint64_t seq, uint8_t op, const cha
 
 int client_return_memory(struct kvg_client *client)
 {
-	uint32_t event = client->drop_event;
+	uint32_t counted = ring_events(&client->ring), event;
 	int r = client_advance(client);
 
+	while (r == 0 && (int32_t)(client->events - counted) < 0)
+		r = client_wait(client);
+	event = client->drop_event;
 	while (r == 0 && (int32_t)(client->ack_done - event) < 0)
 		r = client_wait(client);
 	return r;

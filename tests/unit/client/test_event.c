@@ -2,6 +2,9 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -54,6 +57,45 @@ static void maps_what_comes_and_unmaps_what_goes(void **state)
 	send_slots(peer, true, (const uint32_t[]){3}, 1, 1);
 	assert_int_equal(kvg_process(client), 0);
 	assert_int_equal(view.k_base[3 * PEER_EXTENT], 0);
+	(void)kvg_close(client);
+	peer_stop(peer);
+	assert_int_equal(peer->acknowledged, 2);
+	peer_free(peer);
+}
+
+struct late {
+	struct peer *peer;
+	atomic_bool over;
+};
+
+/* Sends what was counted when nothing is left for the client but to wait for it. */
+static void *send_late(void *user)
+{
+	struct late *late = user;
+
+	while (!atomic_load(&late->over) && !__atomic_load_n(&late->peer->ring->sleeping, __ATOMIC_ACQUIRE))
+		(void)sched_yield();
+	if (!atomic_load(&late->over))
+		send_slots(late->peer, false, (const uint32_t[]){3}, 1, 0);
+	return NULL;
+}
+
+static void returns_memory_that_it_hears_of_late(void **state)
+{
+	struct peer *peer = peer_new();
+	struct kvg_client *client = peer_connect(peer, 0);
+	struct late late = {.peer = peer};
+	pthread_t thread;
+
+	(void)state;
+	send_slots(peer, true, (const uint32_t[]){3}, 1, 1);
+	assert_int_equal(kvg_process(client), 0);
+	__atomic_store_n(&peer->ring->events, client->events + 1, __ATOMIC_RELEASE);
+	assert_int_equal(pthread_create(&thread, NULL, send_late, &late), 0);
+	assert_int_equal(kvg_return_memory(client), 0);
+	atomic_store(&late.over, true);
+	assert_int_equal(pthread_join(thread, NULL), 0);
+	assert_int_equal(kvg_mapped_bytes(client), 0);
 	(void)kvg_close(client);
 	peer_stop(peer);
 	assert_int_equal(peer->acknowledged, 2);
@@ -179,6 +221,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(maps_what_comes_and_unmaps_what_goes),
+		cmocka_unit_test(returns_memory_that_it_hears_of_late),
 		cmocka_unit_test(a_broken_daemon_ends_the_connection),
 		cmocka_unit_test(extents_before_a_layout_are_refused),
 	};
