@@ -458,8 +458,8 @@ void extent_batch_create(struct extent_batch *batch)
 }
 
 /*
- * The last extents are those whose indices the tenant's reserve takes next: their places stay as its memory does, of
- * which they are 3% at most. To create them anew would take as long as all else about an extent of a min.
+ * The last extents are those whose indices the tenant's reserve takes next: their places stay as its memory does, 128
+ * bytes a block. To create them anew would take as long as all else about an extent of a min.
  */
 static uint32_t places_to_forget(const struct extent_batch *batch)
 {
